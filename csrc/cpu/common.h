@@ -1,0 +1,100 @@
+// What the C++ kernels share: stable-ABI tensors as typed matrices, products, dtypes, run-time ISA.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+// Functions marked so are compiled for each instruction set and chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__linux__)
+#define MOE_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MOE_MULTIVERSION
+#endif
+#define MOE_INLINE inline __attribute__((always_inline))
+#define MOE_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace moe_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Narrow dtypes are storage only.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+inline constexpr ScalarType scalar_type = std::is_same_v<T, double>    ? ScalarType::Double
+                                          : std::is_same_v<T, float>   ? ScalarType::Float
+                                          : std::is_same_v<T, int64_t> ? ScalarType::Long
+                                                                       : ScalarType::Bool;
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+inline Tensor rows_of(Tensor matrix, int64_t first, int64_t count) {
+  return torch::stable::narrow(matrix, 0, first, count);
+}
+
+// out = a b, by the BLAS library behind torch.
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+}
+
+// Call f with a zero of the floating-point type of `dtype`.
+template <class F>
+auto by_dtype(const char* name, ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+template <class From, class To>
+MOE_INLINE void convert(const From* from, To* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// Rows a thread takes at least, so that small work stays on one thread.
+inline int64_t grain(int64_t work_per_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work_per_row)); }
+
+}  // namespace moe_kernels

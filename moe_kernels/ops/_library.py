@@ -1,0 +1,54 @@
+"""The ``torch.library`` namespace: schemas are defined from Python, ``csrc`` registers implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moe_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define ``moe_kernels::<name>`` with its shape function; returns the handle to call."""
+    _library.define(name + schema)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    handle: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return handle
+
+
+def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give ``moe_kernels::<name>`` its gradient."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def refuse_second_derivative(name: str) -> None:
+    """A backward operator says so when it is differentiated, instead of giving no gradient."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no second derivative; compute it under moe_kernels.backend.force('reference')"
+        )
+
+    differentiate(name, lambda ctx, inputs, output: None, backward)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], *, floating: bool, like: Tensor) -> None:
+    """Raise unless ``tensor`` has this shape (a string is any size), kind of dtype and the device of ``like``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    sizes = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+    agrees = tensor.dim() == len(shape) and all(
+        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not agrees:
+        raise ValueError(f"{name}: expected shape {sizes}, got {tuple(tensor.shape)}")
+    if floating and not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if not floating and tensor.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got {tensor.device}")

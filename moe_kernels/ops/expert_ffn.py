@@ -1,0 +1,173 @@
+"""``expert_ffn``: a grouped two-layer feed-forward network over an expert-major order.
+
+T tokens, d features, h hidden features, E experts, k choices, A = T·k assignments:
+
+    y_t = Σ_j gate_tj · (w2_e D(φ(w1_e x_t + b1_e)) + b2_e),  e the j-th expert of token t, dropped assignments left out
+
+(GMoE, Eq. 2). φ is ``gelu`` (exact, by erf), ``gelu_tanh``, ``quick_gelu`` (z σ(1.702 z)), ``relu`` or ``silu``. D is
+dropout on the hidden features, a pure function of ``seed``, token, expert and feature. The gate multiplies the
+expert's whole output, its bias included.
+
+Arithmetic and all sums in float32, storage in the dtype of ``x`` (float64 in float64). For the backward only ``x``, the
+routing and the pre-activation w1 x + b1 in the dtype of ``x`` are kept (``save="preactivation"``), or not even that
+(``save="input"``: one product more in the backward). Gradients are exact for x, weights, biases and gates, once.
+Deterministic for a given number of threads (the products are the BLAS library's); without capacity a row does not
+depend on the other rows, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels import backend
+from moe_kernels.ops import _library
+from moe_kernels.ops.dispatch import Dispatch, check_plan
+from moe_kernels.reference import expert_ffn as reference
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+SAVE = ("preactivation", "input")
+
+_PARAMETERS = "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gates"
+_PLAN = "Tensor order, Tensor offsets, Tensor inverse, Tensor? seed, str activation, float dropout_p"
+
+
+def _fake_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gates: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    inverse: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = order.shape[0] if save_preactivation else 0
+    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(rows, w1.shape[1])
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gates: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, w1, b1, w2, b2, gates))
+
+
+_forward = _library.define(
+    "expert_ffn",
+    f"(Tensor x, {_PARAMETERS}, {_PLAN}, bool save_preactivation) -> (Tensor y, Tensor preactivation)",
+    _fake_forward,
+)
+_backward = _library.define(
+    "expert_ffn_backward",
+    f"(Tensor grad, Tensor x, {_PARAMETERS}, Tensor preactivation, {_PLAN}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, order, offsets, inverse, seed, activation, dropout_p, _ = inputs
+    preactivation = output[1]
+    ctx.mark_non_differentiable(preactivation)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, preactivation, order, offsets, inverse, *(() if seed is None else (seed,)))
+    ctx.has_seed, ctx.rest = seed is not None, (activation, dropout_p)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+    if grad is None:
+        return (None,) * 13
+    saved = ctx.saved_tensors
+    grads = _backward(grad, *saved, *(() if ctx.has_seed else (None,)), *ctx.rest)
+    return (*grads, *(None,) * 7)
+
+
+_library.differentiate("expert_ffn", _setup, _gradient)
+_library.refuse_second_derivative("expert_ffn_backward")
+
+
+def expert_ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gates: Tensor,
+    dispatch: Dispatch,
+    *,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save: str = "preactivation",
+) -> Tensor:
+    """Apply to every token its experts, as specified at the top of this module.
+
+    Args:
+        x: (T, d) float32, bfloat16, float16 or float64. Under autocast it is cast to the autocast dtype.
+        w1: (E, h, d); parameters of another dtype are cast to that of ``x``, their gradients come back in their own.
+        b1: (E, h).
+        w2: (E, d, h).
+        b2: (E, d).
+        gates: (T, k).
+        dispatch: of the same T, k and E.
+        activation: one of ``ACTIVATIONS``.
+        dropout_p: probability of dropping a hidden feature, in [0, 1).
+        seed: (1,) int64 on the device of ``x``; required with dropout.
+        save: what the backward keeps, ``"preactivation"`` or ``"input"``.
+
+    Returns:
+        (T, d) in the dtype of ``x`` (or of autocast).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _library.check_tensor("x", x, ("T", "d"), floating=True, like=x)
+    _library.check_tensor("w1", w1, ("E", "h", x.shape[1]), floating=True, like=x)
+    num_experts, hidden_dim, dim = w1.shape
+    _library.check_tensor("b1", b1, (num_experts, hidden_dim), floating=True, like=x)
+    _library.check_tensor("w2", w2, (num_experts, dim, hidden_dim), floating=True, like=x)
+    _library.check_tensor("b2", b2, (num_experts, dim), floating=True, like=x)
+    check_plan(dispatch, x)
+    _library.check_tensor("dispatch.inverse", dispatch.inverse, (x.shape[0], "k"), floating=False, like=x)
+    _library.check_tensor("dispatch.offsets", dispatch.offsets, (num_experts + 1,), floating=False, like=x)
+    _library.check_tensor("gates", gates, tuple(dispatch.inverse.shape), floating=True, like=x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if save not in SAVE:
+        raise ValueError(f"save: expected one of {', '.join(SAVE)}, got {save!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        raise ValueError(f"seed: dropout_p={dropout_p} needs an int64 seed tensor of shape (1,), got None")
+    else:
+        _library.check_tensor("seed", seed, (1,), floating=False, like=x)
+
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64:  # autocast leaves float64 alone
+        dtype = torch.float64
+    tensors = [tensor.to(dtype) for tensor in (x, w1, b1, w2, b2)]
+    gates = gates.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    plan = (dispatch.order, dispatch.offsets, dispatch.inverse)
+    with torch.autocast(device, enabled=False):
+        if backend.choose(device) == "reference":
+            meaning: Callable[..., Tensor] = reference.expert_ffn
+            return meaning(*tensors, gates, *plan[1:], seed, activation, dropout_p)
+        save_preactivation = (
+            save == "preactivation"
+            and torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in (*tensors, gates))
+        )
+        y, _ = _forward(*tensors, gates, *plan, seed, activation, dropout_p, save_preactivation)
+    result: Tensor = y
+    return result
