@@ -27,13 +27,14 @@ template <class Inner>
 struct Gated {
   template <class T>
   static MOE_INLINE T value(T z) {
-    return z * sigmoid(Inner::template both<T>(z).value);
+    return both(z).value;
   }
   template <class T>
   static MOE_INLINE ValueAndSlope<T> both(T z) {
     const auto u = Inner::template both<T>(z);
-    const T s = sigmoid(u.value);
-    return {z * s, s + z * s * (T(1) - s) * u.slope};
+    T slope;
+    const T s = sigmoid(u.value, slope);
+    return {z * s, s + z * slope * u.slope};
   }
 };
 

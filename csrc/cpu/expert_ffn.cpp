@@ -178,16 +178,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   return {y, saved};
 }
 
-// out (+)= the sum over rows of weight(i) · matrix[i], each column summed in the order of the rows.
+// out (+)= the sum over rows of weight(i) · matrix[i], each column summed in double in the order of the rows: a running
+// sum over thousands of rows in float would lose digits that plain PyTorch's pairwise sum keeps.
 template <class A, class Weight>
 void column_sums(const A* matrix, int64_t rows, int64_t columns, bool accumulate, A* out, const Weight& weight) {
   constexpr int64_t kColumns = 64;
   torch::stable::parallel_for(0, (columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns, last = std::min(columns, end * kColumns);
-    if (!accumulate) std::fill(out + first, out + last, A{0});
+    std::vector<double> sum(last - first, 0.0);
     for (int64_t i = 0; i < rows; ++i) {
-      const A w = weight(i);
-      for (int64_t c = first; c < last; ++c) out[c] += w * matrix[i * columns + c];
+      const double w = weight(i);
+      const A* row = matrix + i * columns + first;
+      for (int64_t c = 0; c < last - first; ++c) sum[c] += w * row[c];
+    }
+    for (int64_t c = first; c < last; ++c) {
+      out[c] = static_cast<A>((accumulate ? static_cast<double>(out[c]) : 0.0) + sum[c - first]);
     }
   });
 }

@@ -347,7 +347,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
     const Tensor weights = empty({tokens, experts}, scalar_type<T>);  // s dL / ‖q‖
     const T *l = data<T>(logits), *q = data<T>(projected);
     T *dq = mutable_data<T>(d_projected), *weight = mutable_data<T>(weights);
-    std::vector<double> d_log_scale(chunks(tokens), 0.0);
+    // A chunk's share of the gradients of the bias and, last, of the logarithm of the scale.
+    const int64_t width = features + 1;
+    std::vector<double> partial(chunks(tokens) * width, 0.0);
     for_chunks(tokens, [&](int64_t begin, int64_t end, int64_t chunk) {
       Row<T> row(experts);
       for (int64_t t = begin; t < end; ++t) {
@@ -360,20 +362,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
         for (int64_t e = 0; e < experts; ++e) w[e] *= scale * inverse;
         project_back(w, directions.unit.data(), q + t * features, clamped ? T(0) : -along * inverse * inverse, features,
                      experts, dq + t * features);
-        d_log_scale[chunk] += along;
+        double* sums = partial.data() + chunk * width;
+        for (int64_t i = 0; i < features; ++i) sums[i] += dq[t * features + i];
+        sums[features] += along;
       }
     });
 
     const Tensor grad_x = empty({tokens, x.size(1)}, scalar_type<T>);
     const Tensor grad_projection = empty({features, x.size(1)}, scalar_type<T>);
-    const Tensor grad_bias = empty({1, features}, scalar_type<T>);
+    const Tensor grad_bias = empty({features}, scalar_type<T>);
     const Tensor grad_embedding = empty({experts, features}, scalar_type<T>);
     const Tensor grad_log_scale = empty({1}, scalar_type<T>);
     multiply(grad_x, d_projected, projection);
     multiply(grad_projection, transposed(d_projected), x);
-    const Tensor ones = empty({1, tokens}, scalar_type<T>);
-    std::fill_n(mutable_data<T>(ones), tokens, T(1));
-    multiply(grad_bias, ones, d_projected);
     multiply(grad_embedding, transposed(weights), projected);  // of the unit directions
     T* de = mutable_data<T>(grad_embedding);
     for (int64_t e = 0; e < experts; ++e) {
@@ -382,12 +383,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
       const T along = directions.clamped[e] ? T(0) : dot(row, unit, features);
       for (int64_t i = 0; i < features; ++i) row[i] = static_cast<T>((row[i] - along * unit[i]) / directions.norm[e]);
     }
-    double total = 0;
-    for (const double part : d_log_scale) total += part;
-    *mutable_data<T>(grad_log_scale) =
-        *data<T>(log_scale) > static_cast<T>(kMaxLogScale) ? T(0) : static_cast<T>(total);
-    return std::make_tuple(grad_x, grad_projection, torch::stable::view(grad_bias, {{features}}), grad_embedding,
-                           grad_log_scale);
+    std::vector<double> total(width, 0.0);
+    for (int64_t chunk = 0; chunk < chunks(tokens); ++chunk) {
+      for (int64_t i = 0; i < width; ++i) total[i] += partial[chunk * width + i];
+    }
+    convert(total.data(), mutable_data<T>(grad_bias), features);
+    const bool limited = *data<T>(log_scale) > static_cast<T>(kMaxLogScale);
+    *mutable_data<T>(grad_log_scale) = limited ? T(0) : static_cast<T>(total[features]);
+    return std::make_tuple(grad_x, grad_projection, grad_bias, grad_embedding, grad_log_scale);
   });
 }
 

@@ -40,11 +40,11 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], *, flo
     """Raise unless ``tensor`` has this shape (a string is any size), kind of dtype and the device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    sizes = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     agrees = tensor.dim() == len(shape) and all(
         isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
     )
     if not agrees:
+        sizes = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {sizes}, got {tuple(tensor.shape)}")
     if floating and not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
