@@ -15,6 +15,16 @@ from moe_kernels.ops.dispatch import dispatch, expert_capacity
 from moe_kernels.ops.expert_ffn import ACTIVATIONS, SAVE, expert_ffn
 from moe_kernels.ops.routing import Routing
 
+TUTEL: dict[str, Any] = {
+    "noise": 1.0,
+    "dropout": 0.1,
+    "capacity_factor": 1.5,
+    "eval_capacity_factor": 1.5,
+    "batch_priority": True,
+    "balance_loss": "tutel",
+}
+"""The settings of GMoE's published layer, whatever top_k is; see :meth:`MoE.tutel`."""
+
 ROUTERS: dict[str, Callable[..., nn.Module]] = {"cosine": CosineRouter, "linear": LinearRouter}
 
 
@@ -129,16 +139,7 @@ class MoE(nn.Module):
         training and in evaluation, batch priority, gates renormalized for k > 1, Tutel's load-importance loss.
         ``changes`` replaces any of these.
         """
-        published: dict[str, Any] = {
-            "noise": 1.0,
-            "dropout": 0.1,
-            "capacity_factor": 1.5,
-            "eval_capacity_factor": 1.5,
-            "batch_priority": True,
-            "renormalize": top_k > 1,
-            "balance_loss": "tutel",
-        }
-        return cls(dim, hidden_dim, num_experts, top_k, **(published | changes))
+        return cls(dim, hidden_dim, num_experts, top_k, **(TUTEL | {"renormalize": top_k > 1} | changes))
 
     @classmethod
     def from_ffn(cls, fc1: nn.Linear, fc2: nn.Linear, num_experts: int = 6, **kwargs: Any) -> MoE:

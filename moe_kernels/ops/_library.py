@@ -36,6 +36,16 @@ def refuse_second_derivative(name: str) -> None:
     differentiate(name, lambda ctx, inputs, output: None, backward)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which leaves no trace in an exported graph where nothing is to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and gates: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], *, floating: bool, like: Tensor) -> None:
     """Raise unless ``tensor`` has this shape (a string is any size), kind of dtype and the device of ``like``."""
     if not isinstance(tensor, Tensor):

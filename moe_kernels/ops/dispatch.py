@@ -143,7 +143,7 @@ def dispatch(
         if capacity is None:
             raise ValueError("priority: has a meaning only with a capacity, got capacity=None")
         _library.check_tensor("priority", priority, (experts.shape[0],), floating=True, like=experts)
-        priority = priority.detach().to(torch.float64 if priority.dtype == torch.float64 else torch.float32)
+        priority = _library.cast(priority.detach(), _library.wide_dtype(priority.dtype))
     kernel = reference.dispatch if backend.choose(experts.device.type) == "reference" else _dispatch
     return Dispatch(*kernel(experts, num_experts, capacity, priority))
 
@@ -165,7 +165,7 @@ def combine(y: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:
     check_plan(plan, y)
     _library.check_tensor("y", y, (plan.order.shape[0], "d"), floating=True, like=y)
     _library.check_tensor("gates", gates, tuple(plan.inverse.shape), floating=True, like=y)
-    gates = gates.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
+    gates = _library.cast(gates, _library.wide_dtype(y.dtype))
     kernel = reference.combine if backend.choose(y.device.type) == "reference" else _combine
     result: Tensor = kernel(y, gates, plan.order, plan.offsets, plan.inverse)
     return result

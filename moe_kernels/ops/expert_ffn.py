@@ -152,22 +152,19 @@ def expert_ffn(
     else:
         _library.check_tensor("seed", seed, (1,), floating=False, like=x)
 
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if x.dtype == torch.float64:  # autocast leaves float64 alone
-        dtype = torch.float64
-    tensors = [tensor.to(dtype) for tensor in (x, w1, b1, w2, b2)]
-    gates = gates.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    plan = (dispatch.order, dispatch.offsets, dispatch.inverse)
-    with torch.autocast(device, enabled=False):
-        if backend.choose(device) == "reference":
-            meaning: Callable[..., Tensor] = reference.expert_ffn
-            return meaning(*tensors, gates, *plan[1:], seed, activation, dropout_p)
-        save_preactivation = (
-            save == "preactivation"
-            and torch.is_grad_enabled()
-            and any(tensor.requires_grad for tensor in (*tensors, gates))
-        )
-        y, _ = _forward(*tensors, gates, *plan, seed, activation, dropout_p, save_preactivation)
-    result: Tensor = y
-    return result
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(device)
+    tensors = [_library.cast(tensor, dtype) for tensor in (x, w1, b1, w2, b2)]
+    gates = _library.cast(gates, _library.wide_dtype(dtype))
+    if backend.choose(device) == "reference":
+        meaning: Callable[..., Tensor] = reference.expert_ffn
+        with torch.autocast(device, enabled=False):
+            return meaning(*tensors, gates, dispatch.offsets, dispatch.inverse, seed, activation, dropout_p)
+    save_preactivation = (
+        save == "preactivation"
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (*tensors, gates))
+    )
+    y: Tensor = _forward(*tensors, gates, *dispatch[:3], seed, activation, dropout_p, save_preactivation)[0]
+    return y

@@ -191,14 +191,19 @@ def _check_selection(
     return seed
 
 
-def _pack(outputs: tuple[Tensor, ...]) -> Routing:
+def _run(
+    operator: Callable[..., Any], meaning: Callable[..., Any], tensors: tuple[Tensor, ...], *selection: Any
+) -> Routing:
+    """Run the kernel or its reference on tensors in the dtype of the arithmetic, out of the reach of autocast."""
+    dtype, device = _library.wide_dtype(tensors[0].dtype), tensors[0].device.type
+    tensors = tuple(_library.cast(tensor, dtype) for tensor in tensors)
+    if backend.choose(device) == "reference":
+        with torch.autocast(device, enabled=False):
+            outputs = meaning(*tensors, *selection)
+    else:  # autocast has no rule for our operators and leaves them alone
+        outputs = operator(*tensors, *selection)
     gates, experts, counts, sums, totals, *_ = outputs
     return Routing(gates, experts, Statistics(counts, *sums.unbind(0), *totals.unbind(0)))
-
-
-def _in_accumulation_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def route(
@@ -235,10 +240,8 @@ def route(
     _library.check_tensor("embedding", embedding, ("E", projection.shape[0]), floating=True, like=x)
     _library.check_tensor("log_scale", log_scale, (1,), floating=True, like=x)
     seed = _check_selection(x, embedding.shape[0], top_k, noise_std, seed, renormalize)
-    with torch.autocast(x.device.type, enabled=False):
-        tensors = _in_accumulation_dtype(x, projection, bias, embedding, log_scale)
-        kernel: Callable[..., Any] = reference.cosine if backend.choose(x.device.type) == "reference" else _cosine
-        return _pack(kernel(*tensors, seed, top_k, noise_std, renormalize))
+    tensors = (x, projection, bias, embedding, log_scale)
+    return _run(_cosine, reference.cosine, tensors, seed, top_k, noise_std, renormalize)
 
 
 def route_linear(
@@ -260,7 +263,4 @@ def route_linear(
     _library.check_tensor("x", x, ("T", "d"), floating=True, like=x)
     _library.check_tensor("weight", weight, ("E", x.shape[1]), floating=True, like=x)
     seed = _check_selection(x, weight.shape[0], top_k, noise_std, seed, renormalize)
-    with torch.autocast(x.device.type, enabled=False):
-        tensors = _in_accumulation_dtype(x, weight)
-        kernel: Callable[..., Any] = reference.linear if backend.choose(x.device.type) == "reference" else _linear
-        return _pack(kernel(*tensors, seed, top_k, noise_std, renormalize))
+    return _run(_linear, reference.linear, (x, weight), seed, top_k, noise_std, renormalize)
