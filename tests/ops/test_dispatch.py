@@ -116,6 +116,22 @@ def test_combine_inverts_gather_and_drops_are_zero():
     assert torch.equal(combine(rows, torch.ones(20, 2), plan), x * plan.kept.sum(1, keepdim=True))
 
 
+def test_bitwise_equal_for_any_number_of_threads():
+    experts, gates = random_experts(3000, 2, 7), torch.rand(3000, 2, requires_grad=True)
+    x = torch.randn(3000, 33, requires_grad=True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            plan = dispatch(experts, 7, capacity=600, priority=gates.detach()[:, 0])
+            y = combine(gather(x, plan), gates, plan)
+            results.append([*plan, y, *torch.autograd.grad(y.square().sum(), (x, gates))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_gradcheck():
     plan = dispatch(random_experts(9, 2, 3), 3, capacity=5)
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)

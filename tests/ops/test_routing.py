@@ -205,7 +205,7 @@ def test_autocast_does_not_lower_the_decision():
     assert torch.equal(outside.gates, inside.gates)
 
 
-def test_bitwise_repeatable_for_any_number_of_threads():
+def test_bitwise_repeatable():
     tensors = inputs(T=1500)
     arguments = {"top_k": 2, "noise_std": 0.2, "seed": SEED}
     first = evaluate(route, tensors, **arguments)
