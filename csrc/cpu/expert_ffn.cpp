@@ -16,7 +16,7 @@ namespace {
 
 // Rows of a block: enough to amortize what a product packs, few enough that the hidden block stays in the
 // last cache.
-constexpr int64_t kForwardRows = 1024, kBackwardRows = 2048;
+constexpr int64_t kBlockRows = 4096;
 
 struct Plan {
   Plan(const Tensor& order_in, const Tensor& offsets_in, const Tensor& inverse_in)
@@ -32,18 +32,21 @@ struct Plan {
 
   int64_t token(int64_t row) const { return assignment[row] / top_k; }
 
-  // Calls f(expert, first row, number of rows) for every block of kept rows, in order.
+  // Calls f(expert, first row, number of rows) for every block of kept rows, in order. An expert's blocks are of equal
+  // size but for one row, since a product of a few left-over rows costs nearly as much as one of many.
   template <class F>
   void for_blocks(int64_t block, const F& f) const {
     for (int64_t e = 0; e < num_experts; ++e) {
-      for (int64_t row = offset[e]; row < offset[e + 1]; row += block) {
-        f(e, row, std::min(block, offset[e + 1] - row));
+      const int64_t rows = offset[e + 1] - offset[e], blocks = (rows + block - 1) / block;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = offset[e] + rows * i / blocks;
+        f(e, first, offset[e] + rows * (i + 1) / blocks - first);
       }
     }
   }
 
   int64_t largest_block(int64_t block) const {
-    int64_t largest = 0;
+    int64_t largest = 1;
     for (int64_t e = 0; e < num_experts; ++e) largest = std::max(largest, offset[e + 1] - offset[e]);
     return std::min(block, largest);
   }
@@ -110,7 +113,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   using A = accumulate_t<S>;
   constexpr bool kWide = std::is_same_v<S, A>;
   const int64_t dim = x.size(1), hidden = w1.size(1), assignments = plan.order.numel();
-  const int64_t block = plan.largest_block(kForwardRows);
+  const int64_t block = plan.largest_block(kBlockRows);
   const Tensor y = empty({plan.tokens, dim}, x.scalar_type());
   const Tensor saved = empty({save ? assignments : 0, hidden}, x.scalar_type());
   const Tensor outputs = empty({assignments, dim}, scalar_type<A>);
@@ -178,23 +181,43 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
   return {y, saved};
 }
 
-// out (+)= the sum over rows of weight(i) · matrix[i], each column summed in double in the order of the rows: a running
-// sum over thousands of rows in float would lose digits that plain PyTorch's pairwise sum keeps.
-template <class A, class Weight>
-void column_sums(const A* matrix, int64_t rows, int64_t columns, bool accumulate, A* out, const Weight& weight) {
-  constexpr int64_t kColumns = 64;
-  torch::stable::parallel_for(0, (columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kColumns, last = std::min(columns, end * kColumns);
-    std::vector<double> sum(last - first, 0.0);
-    for (int64_t i = 0; i < rows; ++i) {
-      const double w = weight(i);
-      const A* row = matrix + i * columns + first;
-      for (int64_t c = 0; c < last - first; ++c) sum[c] += w * row[c];
+// Sums of rows into bias gradients, in double: a running sum over thousands of rows in float would lose digits that
+// plain PyTorch's pairwise sum keeps. Chunks of a fixed number of rows are summed apart and then in order, so the
+// result does not depend on the number of threads.
+class RowSums {
+ public:
+  RowSums(int64_t rows, int64_t columns)
+      : rows_(rows), columns_(columns), chunks_((rows + kRows - 1) / kRows), sums_(chunks_ * columns, 0.0) {}
+
+  // f(first row, last row, sums of the chunk), in parallel.
+  template <class F>
+  void for_chunks(const F& f) {
+    torch::stable::parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        f(chunk * kRows, std::min(rows_, (chunk + 1) * kRows), sums_.data() + chunk * columns_);
+      }
+    });
+  }
+
+  // out (+)= columns first … first + count of the sums.
+  template <class A>
+  void store(int64_t first, int64_t count, bool accumulate, A* out) const {
+    for (int64_t c = 0; c < count; ++c) {
+      double sum = accumulate ? static_cast<double>(out[c]) : 0.0;
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += sums_[chunk * columns_ + first + c];
+      out[c] = static_cast<A>(sum);
     }
-    for (int64_t c = first; c < last; ++c) {
-      out[c] = static_cast<A>((accumulate ? static_cast<double>(out[c]) : 0.0) + sum[c - first]);
-    }
-  });
+  }
+
+ private:
+  static constexpr int64_t kRows = 64;
+  int64_t rows_, columns_, chunks_;
+  std::vector<double> sums_;
+};
+
+template <class A>
+MOE_INLINE void add_scaled(const A* row, A scale, int64_t n, double* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(scale * row[i]);
 }
 
 // out (+)= a b; the first block of an expert writes, the others add.
@@ -216,10 +239,15 @@ struct ParameterGradient {
   static constexpr bool kWide = std::is_same_v<S, A>;
 
   ParameterGradient(const Tensor& parameter)
-      : grad(torch::stable::new_zeros(parameter, parameter.sizes())),
+      : grad(torch::stable::empty_like(parameter)),
         sum(kWide ? grad : empty({parameter.dim() == 3 ? parameter.size(1) : 1, parameter.size(-1)}, scalar_type<A>)) {}
 
   Tensor expert(int64_t e) const { return kWide ? torch::stable::select(grad, 0, e) : sum; }
+
+  void clear(int64_t e) const {
+    const Tensor slice = torch::stable::select(grad, 0, e);
+    std::fill_n(mutable_data<S>(slice), slice.numel(), S(0.f));
+  }
 
   void store(int64_t e) const {
     if constexpr (!kWide) {
@@ -241,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   using A = accumulate_t<S>;
   constexpr bool kWide = std::is_same_v<S, A>;
   const int64_t dim = x.size(1), hidden = w1.size(1), assignments = plan.order.numel();
-  const int64_t block = plan.largest_block(kBackwardRows);
+  const int64_t block = plan.largest_block(kBlockRows);
   const bool have_z = saved.size(0) == assignments;
   const ParameterGradient<S> grad_w1(w1), grad_b1(b1), grad_w2(w2), grad_b2(b2);
   const Tensor grad_gates = torch::stable::new_zeros(gates, gates.sizes());
@@ -279,34 +307,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     multiply(dz_rows, dy_rows, weight2);
     const A* dy = data<A>(dys);
     A *dz_data = mutable_data<A>(dz), *active_data = mutable_data<A>(active);
-    torch::stable::parallel_for(0, rows, grain(hidden), [&](int64_t begin, int64_t end) {
+    RowSums sums(rows, hidden + dim);  // of dz, then of gate · dy
+    sums.for_chunks([&](int64_t begin, int64_t end, double* sum) {
       std::vector<A> factors(dropout.active ? hidden : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t a = plan.assignment[first + i];
-        A* row = z_data + i * hidden;
+        A *row = z_data + i * hidden, *dz_row = dz_data + i * hidden;
+        const A* dy_row = dy + i * dim;
         if (!have_z) {
           for (int64_t c = 0; c < hidden; ++c) row[c] += static_cast<A>(bias1[c]);
         } else if (!kWide) {
           convert(stored + i * hidden, row, hidden);
         }
         const A* mask = dropout.mask(plan.token(first + i), e, plan.num_experts, factors);
-        A dot =
-            activation_backward(activation, row, mask, gate[a], dz_data + i * hidden, active_data + i * hidden, hidden);
-        for (int64_t c = 0; c < dim; ++c) dot += dy[i * dim + c] * static_cast<A>(bias2[c]);
+        A dot = activation_backward(activation, row, mask, gate[a], dz_row, active_data + i * hidden, hidden);
+        for (int64_t c = 0; c < dim; ++c) dot += dy_row[c] * static_cast<A>(bias2[c]);
         gate_grad[a] = dot;
+        add_scaled(dz_row, A{1}, hidden, sum);
+        add_scaled(dy_row, gate[a], dim, sum + hidden);
       }
     });
+    sums.store(0, hidden, again, mutable_data<A>(grad_b1.expert(e)));
+    sums.store(hidden, dim, again, mutable_data<A>(grad_b2.expert(e)));
 
     accumulate_product<A>(grad_w2.expert(e), scratch_w2, transposed(dy_rows), active_rows, again);
     accumulate_product<A>(grad_w1.expert(e), scratch_w1, transposed(dz_rows), x_rows, again);
     multiply(rows_of(grad_rows, first, rows), dz_rows, weight1);
-    column_sums(dz_data, rows, hidden, again, mutable_data<A>(grad_b1.expert(e)), [](int64_t) { return A{1}; });
-    column_sums(dy, rows, dim, again, mutable_data<A>(grad_b2.expert(e)),
-                [&](int64_t i) { return gate[plan.assignment[first + i]]; });
     if (first + rows == plan.offset[e + 1]) {
       for (const auto* parameter : {&grad_w1, &grad_b1, &grad_w2, &grad_b2}) parameter->store(e);
     }
   });
+
+  for (int64_t e = 0; e < plan.num_experts; ++e) {
+    if (plan.offset[e] < plan.offset[e + 1]) continue;
+    for (const auto* parameter : {&grad_w1, &grad_b1, &grad_w2, &grad_b2}) parameter->clear(e);
+  }
 
   const A* from = data<A>(grad_rows);
   S* to = mutable_data<S>(grad_x);

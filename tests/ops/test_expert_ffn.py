@@ -185,10 +185,10 @@ def test_non_contiguous_inputs_and_upstream():
 
 def test_more_rows_than_a_block():
     # One expert with more rows than the kernels take at a time, forward and backward.
-    tensors, _ = inputs(T=4500, d=5, h=7, E=2, k=1)
-    experts = torch.ones(4500, 1, dtype=torch.int64)
+    tensors, _ = inputs(T=9000, d=5, h=7, E=2, k=1)
+    experts = torch.ones(9000, 1, dtype=torch.int64)
     plan = dispatch(experts, 2)
-    upstream = torch.randn(4500, 5)
+    upstream = torch.randn(9000, 5)
     ours = evaluate(lambda **leaves: expert_ffn(**leaves, dispatch=plan), tensors, upstream)
     loop = plain_loop(experts, plan.kept)
     plain = evaluate(loop, tensors, upstream)
