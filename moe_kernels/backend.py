@@ -56,6 +56,8 @@ def refusal(backend: str, device_type: str) -> str:
     """Why ``backend`` cannot run on a device of this type; ``""`` when it can."""
     if backend == "reference":
         return ""
+    if device_type == "meta":  # shapes only, which need no kernel
+        return ""
     if device_type != "cpu":
         return f"the C++ kernels run on cpu tensors, got {device_type}"
     return _extension_problem

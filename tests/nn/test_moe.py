@@ -286,6 +286,14 @@ def test_exports_in_evaluation():
     torch.testing.assert_close(program.module()(other), moe(other))
 
 
+def test_shapes_without_data():
+    with torch.device("meta"):
+        moe = layer(capacity_factor=1.0, balance_loss="switch")
+        y = moe(torch.randn(3, 5, DIM))
+    assert y.shape == (3, 5, DIM)
+    assert auxiliary_loss(moe).device.type == "meta"
+
+
 def test_empty_batch():
     moe = layer(balance_loss="switch", z_loss=0.1)
     y = moe(torch.zeros(0, 5, DIM))
