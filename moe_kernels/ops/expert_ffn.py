@@ -153,7 +153,8 @@ def expert_ffn(
         _library.check_tensor("seed", seed, (1,), floating=False, like=x)
 
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
+    # autocast leaves float64 alone, and knows no meta device
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     tensors = [_library.cast(tensor, dtype) for tensor in (x, w1, b1, w2, b2)]
     gates = _library.cast(gates, _library.wide_dtype(dtype))
