@@ -1,0 +1,100 @@
+"""moe-kernels doctor: what it reports and what it advises, from the real machine and from made-up ones."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_kernels import backend
+from moe_kernels.cli import app, doctor
+
+COMPLETE = {
+    "versions": dict.fromkeys((*doctor.CORE, *doctor.EXTRA, *doctor.OPTIONAL), "1.0"),
+    "devices": [],
+    "extension": {"status": "loaded"},
+    "operators": [],
+    "problem": "",
+}
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_json_holds_every_section():
+    report = json.loads(invoke("doctor", "--json"))
+    assert set(report) == {"versions", "devices", "extension", "operators", "problem", "advice"}
+    assert report["versions"]["torch"] is not None
+    assert {row["operator"] for row in report["operators"]} == set(backend.OPERATORS)
+    assert report["devices"][0]["device"] == "cpu"
+
+
+def test_text_names_operators_backends_and_isa():
+    text = invoke("doctor")
+    for name in (*backend.OPERATORS, "What to do", "same bits"):
+        assert name in text
+    state = doctor.extension()
+    assert state.get("isa_detected", "not built") in text
+
+
+def test_forced_backend_is_reported_with_its_determinism():
+    with backend.force("reference"):
+        rows, problem = doctor.operators()
+    assert problem == ""
+    assert {row["backend"] for row in rows} == {"reference"}
+    assert {row["determinism"] for row in rows} == {doctor.SAME_THREADS}
+
+
+def test_only_our_own_sums_are_said_not_to_depend_on_threads():
+    pytest.importorskip("moe_kernels._C", reason="the C++ extension is not built")
+    with backend.force("cpp"):
+        rows, _ = doctor.operators()
+    assert {row["operator"] for row in rows if row["determinism"] == doctor.ANY_THREADS} == {"dispatch"}
+
+
+def test_backend_that_cannot_run_is_a_line_and_not_a_crash(monkeypatch):
+    def refuse():
+        raise RuntimeError("backend 'cpp' was forced and cannot run: it was not built")
+
+    monkeypatch.setattr(backend, "report", refuse)
+    report = doctor.examine()
+    assert report["operators"] == []
+    assert "was forced and cannot run" in report["advice"][0]
+    assert "MOE_KERNELS_BACKEND" in doctor.render(report)
+
+
+def test_complete_installation_needs_nothing():
+    assert doctor.advice(COMPLETE) == []
+
+
+def test_missing_extra_is_named_with_the_command():
+    report = {**COMPLETE, "versions": {**COMPLETE["versions"], "timm": None}}
+    (step,) = doctor.advice(report)
+    assert "timm" in step
+    assert 'pip install "moe-kernels[models]"' in step
+
+
+def test_missing_triton_and_transformers_are_nobodys_loss():
+    versions = {**COMPLETE["versions"], **dict.fromkeys(doctor.OPTIONAL)}
+    assert doctor.advice({**COMPLETE, "versions": versions}) == []
+
+
+@pytest.mark.parametrize(("compiler", "steps"), [("sh", 1), ("no-such-compiler", 2)])
+def test_missing_extension_tells_how_to_build_it(monkeypatch, compiler, steps):
+    monkeypatch.setenv("CXX", compiler)
+    advice = doctor.advice({**COMPLETE, "extension": {"status": "absent"}})
+    assert len(advice) == steps
+    assert "MOE_KERNELS_REQUIRE_EXT=1 pip install" in advice[-1]
+
+
+def test_extension_that_does_not_load_shows_its_error():
+    text = doctor.render({**COMPLETE, "extension": {"status": "broken", "error": "undefined symbol"}, "advice": []})
+    assert "undefined symbol" in text
+
+
+def test_gpu_on_the_reference_is_said():
+    row = {"operator": "routing", "device": "cuda", "backend": "reference", "reason": "", "determinism": ""}
+    (step,) = doctor.advice({**COMPLETE, "operators": [row]})
+    assert "GPU" in step
