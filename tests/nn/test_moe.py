@@ -345,5 +345,5 @@ def test_bad_settings_are_named(arguments, message):
 def test_bad_tokens_are_named():
     with pytest.raises(ValueError, match=r"x: expected shape \(..., 24\), got \(3, 25\)"):
         layer()(torch.randn(3, 25))
-    with pytest.raises(TypeError, match="x: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch.int64"):
         layer()(torch.ones(3, 24, dtype=torch.int64))
