@@ -75,10 +75,10 @@ def plan(trials: int = 3, quick: bool = False) -> Plan:
         eval_batch=256,
     )
     training = TrainConfig(
-        steps=20 if quick else 160,
-        eval_every=10 if quick else 20,
+        steps=20 if quick else 150,
+        eval_every=10 if quick else 25,
         optimizer="adamw",
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         weight_decay=0.05,
         schedule="cosine",
         warmup_steps=4 if quick else 16,

@@ -18,7 +18,7 @@ _PATCH16 = {
     "gmoe_small_patch16_224": "deit_small_patch16_224.fb_in1k",
     "gmoe_base_patch16_224": "deit_base_patch16_224.fb_in1k",
 }
-_DIGITS: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4}
+_DIGITS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 _DROP_PATH = 0.1
 
 
@@ -47,7 +47,7 @@ def create(
 
     Args:
         name: one of :func:`list_models`. ``gmoe_{tiny,small,base}_patch16_224`` are DeiT's at 224×224;
-            ``gmoe_digits`` is a small one for 32×32 images (patch 4, width 64, 6 blocks).
+            ``gmoe_digits`` is a small one for 32×32 images (patch 8, width 64, 4 blocks).
         num_classes: outputs of the head; 0 leaves it out.
         pretrained: True downloads DeiT's ImageNet-1k weights through timm. A path reads a ``.safetensors``,
             ``.pth`` or ``.pt`` file instead: of the dense ViT, of this model, or of the official GMoE code
