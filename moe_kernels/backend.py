@@ -25,8 +25,8 @@ def _load_extension() -> str:
     """Import ``moe_kernels._C``, whose kernels register themselves; return why that is not possible, or ``""``."""
     if importlib.util.find_spec("moe_kernels._C") is None:
         return (
-            "moe_kernels._C was not built; install a C++17 compiler and run "
-            "`MOE_KERNELS_REQUIRE_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps moe-kernels`"
+            "moe_kernels._C was not built; with a C++17 compiler at hand run "
+            "`MOE_KERNELS_REQUIRE_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in its source"
         )
     try:
         importlib.import_module("moe_kernels._C")

@@ -31,8 +31,8 @@ MOE_HOST_DEVICE inline Words philox(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// The middle of one of 2^24 equal intervals of (0, 1), exact in float.
-MOE_HOST_DEVICE inline float uniform(uint32_t word) { return (static_cast<float>(word >> 8) + 0.5f) * 0x1p-24f; }
+// The middle of one of 2^23 equal intervals of (0, 1), exact in float.
+MOE_HOST_DEVICE inline float uniform(uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; }
 
 MOE_HOST_DEVICE inline float normal(uint64_t seed, uint64_t counter) {
   const Words words = philox(seed, counter);

@@ -71,6 +71,22 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
+// Whether (order, offsets, inverse) is what dispatch gives: two permutations, each the inverse of the other, and
+// offsets that rise from 0 within them. The kernels index memory by them, and anybody can build a Dispatch.
+inline void check_plan(const Tensor& order, const Tensor& offsets, const Tensor& inverse) {
+  const int64_t n = order.numel(), segments = offsets.numel();
+  STD_TORCH_CHECK(segments >= 1 && inverse.numel() == n, "dispatch: order, offsets and inverse do not belong together");
+  const int64_t *assignment = data<int64_t>(order), *offset = data<int64_t>(offsets),
+                *position = data<int64_t>(inverse);
+  bool right = offset[0] == 0 && offset[segments - 1] <= n;
+  for (int64_t e = 1; e < segments; ++e) right &= offset[e - 1] <= offset[e];
+  for (int64_t p = 0; p < n && right; ++p) {
+    right = 0 <= assignment[p] && assignment[p] < n && position[assignment[p]] == p;
+  }
+  STD_TORCH_CHECK(right,
+                  "dispatch: expected inverse permutations and offsets that rise from 0, as dispatch() gives them");
+}
+
 // Call f with a zero of the floating-point type of `dtype`.
 template <class F>
 auto by_dtype(const char* name, ScalarType dtype, const F& f) {
@@ -87,6 +103,17 @@ auto by_dtype(const char* name, ScalarType dtype, const F& f) {
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ",
                       torch::headeronly::toString(dtype));
   }
+}
+
+// The nearest value that can be stored: where the range of float16 ends, its last number and not infinity, of which the
+// backward could make nothing.
+template <class S, class A>
+MOE_INLINE S saturated(A value) {
+  if constexpr (std::is_same_v<S, torch::headeronly::Half>) {
+    constexpr A largest = 65504;
+    value = value > largest ? largest : value < -largest ? -largest : value;
+  }
+  return static_cast<S>(value);
 }
 
 template <class From, class To>

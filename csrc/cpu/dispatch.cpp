@@ -68,12 +68,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch(Tensor experts_in, int64_t n
   return {order, offsets, inverse, kept};
 }
 
-// Positions that stand for a kept assignment are [0, kept_positions).
-int64_t kept_positions(const Tensor& offsets) { return data<int64_t>(offsets)[offsets.numel() - 1]; }
+// Positions that stand for a kept assignment are [0, kept_positions) of a plan that was checked.
+int64_t kept_positions(const Tensor& order, const Tensor& offsets, const Tensor& inverse) {
+  check_plan(order, offsets, inverse);
+  return data<int64_t>(offsets)[offsets.numel() - 1];
+}
 
-Tensor gather(Tensor x_in, Tensor order_in, Tensor offsets_in, Tensor inverse) {
-  const Tensor x = dense(x_in), order = dense(order_in), offsets = dense(offsets_in);
-  const int64_t rows = order.numel(), dim = x.size(1), top_k = inverse.size(1), kept = kept_positions(offsets);
+Tensor gather(Tensor x_in, Tensor order_in, Tensor offsets_in, Tensor inverse_in) {
+  const Tensor x = dense(x_in), order = dense(order_in), offsets = dense(offsets_in), inverse = dense(inverse_in);
+  const int64_t rows = order.numel(), dim = x.size(1), top_k = inverse.size(1),
+                kept = kept_positions(order, offsets, inverse);
   const Tensor out = empty({rows, dim}, x.scalar_type());
   by_dtype("x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -116,33 +120,36 @@ void weighted_sum(const Tensor& rows, const Tensor& inverse, int64_t kept, const
   });
 }
 
-Tensor gather_backward(Tensor grad_in, Tensor order, Tensor offsets_in, Tensor inverse_in) {
-  const Tensor grad = dense(grad_in), offsets = dense(offsets_in), inverse = dense(inverse_in);
+Tensor gather_backward(Tensor grad_in, Tensor order_in, Tensor offsets_in, Tensor inverse_in) {
+  const Tensor grad = dense(grad_in), order = dense(order_in), offsets = dense(offsets_in);
+  const Tensor inverse = dense(inverse_in);
   const Tensor out = empty({inverse.size(0), grad.size(1)}, grad.scalar_type());
   by_dtype("grad", grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    weighted_sum<T>(grad, inverse, kept_positions(offsets), out, [](int64_t) { return accumulate_t<T>{1}; });
+    weighted_sum<T>(grad, inverse, kept_positions(order, offsets, inverse), out,
+                    [](int64_t) { return accumulate_t<T>{1}; });
   });
   return out;
 }
 
-Tensor combine(Tensor y_in, Tensor gates_in, Tensor order, Tensor offsets_in, Tensor inverse_in) {
-  const Tensor y = dense(y_in), gates = dense(gates_in);
+Tensor combine(Tensor y_in, Tensor gates_in, Tensor order_in, Tensor offsets_in, Tensor inverse_in) {
+  const Tensor y = dense(y_in), gates = dense(gates_in), order = dense(order_in);
   const Tensor offsets = dense(offsets_in), inverse = dense(inverse_in);
   const Tensor out = empty({inverse.size(0), y.size(1)}, y.scalar_type());
   by_dtype("y", y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto* gate = data<accumulate_t<T>>(gates);
-    weighted_sum<T>(y, inverse, kept_positions(offsets), out, [gate](int64_t a) { return gate[a]; });
+    weighted_sum<T>(y, inverse, kept_positions(order, offsets, inverse), out, [gate](int64_t a) { return gate[a]; });
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_in, Tensor y_in, Tensor gates_in, Tensor order_in,
-                                            Tensor offsets_in, Tensor inverse) {
+                                            Tensor offsets_in, Tensor inverse_in) {
   const Tensor grad = dense(grad_in), y = dense(y_in), gates = dense(gates_in);
-  const Tensor order = dense(order_in), offsets = dense(offsets_in);
-  const int64_t rows = order.numel(), dim = y.size(1), top_k = inverse.size(1), kept = kept_positions(offsets);
+  const Tensor order = dense(order_in), offsets = dense(offsets_in), inverse = dense(inverse_in);
+  const int64_t rows = order.numel(), dim = y.size(1), top_k = inverse.size(1),
+                kept = kept_positions(order, offsets, inverse);
   const Tensor grad_y = empty({rows, dim}, y.scalar_type());
   const Tensor grad_gates = empty({inverse.size(0), top_k}, gates.scalar_type());
   by_dtype("y", y.scalar_type(), [&](auto zero) {

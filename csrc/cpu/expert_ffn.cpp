@@ -21,6 +21,7 @@ constexpr int64_t kBlockRows = 4096;
 struct Plan {
   Plan(const Tensor& order_in, const Tensor& offsets_in, const Tensor& inverse_in)
       : order(dense(order_in)), offsets(dense(offsets_in)), inverse(dense(inverse_in)) {
+    check_plan(order, offsets, inverse);
     assignment = data<int64_t>(order);
     offset = data<int64_t>(offsets);
     position = data<int64_t>(inverse);
@@ -147,7 +148,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
         A* row = z_data + i * hidden;
         const A* mask = dropout.mask(plan.token(first + i), e, plan.num_experts, factors);
         if (save && !kWide) {
-          for (int64_t c = 0; c < hidden; ++c) saved_data[i * hidden + c] = static_cast<S>(row[c] + bias[c]);
+          for (int64_t c = 0; c < hidden; ++c) saved_data[i * hidden + c] = saturated<S>(row[c] + bias[c]);
         }
         activation_forward(activation, row, bias.data(), mask, a_data + i * hidden, hidden);
       }

@@ -90,7 +90,7 @@ void select_largest(const T* values, int64_t n, int64_t k, int64_t* chosen) {
 }
 
 struct SelectionOutputs {
-  Tensor gates, experts, counts, sums, totals;
+  Tensor gates, experts, counts, sums, totals, confidence;
 };
 
 template <class T>
@@ -99,8 +99,9 @@ SelectionOutputs select_experts(const Selection& s, const Tensor& logits_tensor)
   const Tensor gates = empty({tokens, k}, scalar_type<T>), ids = empty({tokens, k}, ScalarType::Long);
   const Tensor counts = empty({k, experts}, ScalarType::Long);
   const Tensor sums = empty({4, experts}, scalar_type<T>), totals = empty({2}, scalar_type<T>);
+  const Tensor confidence = empty({tokens}, scalar_type<T>);
   const T* logits = data<T>(logits_tensor);
-  T* gate = mutable_data<T>(gates);
+  T *gate = mutable_data<T>(gates), *surest = mutable_data<T>(confidence);
   int64_t* id = mutable_data<int64_t>(ids);
   // A chunk's share: 4 E sums, 2 totals; k E counts.
   const int64_t width = 4 * experts + 2;
@@ -117,6 +118,7 @@ SelectionOutputs select_experts(const Selection& s, const Tensor& logits_tensor)
       int64_t* chosen = id + t * k;
       row.fill(s, l, t);
       select_largest(row.routed.data(), experts, k, chosen);
+      surest[t] = row.routed[chosen[0]];
       T sum{0};
       for (int64_t j = 0; j < k; ++j) {
         gate[t * k + j] = row.routed[chosen[j]];
@@ -153,7 +155,7 @@ SelectionOutputs select_experts(const Selection& s, const Tensor& logits_tensor)
   }
   convert(all.data(), mutable_data<T>(sums), 4 * experts);
   convert(all.data() + 4 * experts, mutable_data<T>(totals), 2);
-  return {gates, ids, counts, sums, totals};
+  return {gates, ids, counts, sums, totals, confidence};
 }
 
 // Gradient of everything that select_experts computes, by the clean logits of one token.
@@ -308,7 +310,7 @@ auto by_wide_dtype(const Tensor& x, const F& f) {
   return f(float{});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine(
     Tensor x, Tensor projection, Tensor bias_in, Tensor embedding_in, Tensor log_scale, std::optional<Tensor> seed,
     int64_t top_k, double noise_std, bool renormalize) {
   const Tensor bias = dense(bias_in), embedding = dense(embedding_in);
@@ -327,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosin
       }
     });
     const auto out = select_experts<T>(make_selection(experts, seed, top_k, noise_std, renormalize), logits);
-    return std::make_tuple(out.gates, out.experts, out.counts, out.sums, out.totals, logits, projected);
+    return std::make_tuple(out.gates, out.experts, out.counts, out.sums, out.totals, out.confidence, logits, projected);
   });
 }
 
@@ -394,16 +396,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_linear(Tensor x, Tensor weight,
-                                                                          std::optional<Tensor> seed, int64_t top_k,
-                                                                          double noise_std, bool renormalize) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_linear(Tensor x, Tensor weight,
+                                                                                  std::optional<Tensor> seed,
+                                                                                  int64_t top_k, double noise_std,
+                                                                                  bool renormalize) {
   return by_wide_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const int64_t experts = weight.size(0);
     const Tensor logits = empty({x.size(0), experts}, scalar_type<T>);
     multiply(logits, x, transposed(weight));
     const auto out = select_experts<T>(make_selection(experts, seed, top_k, noise_std, renormalize), logits);
-    return std::make_tuple(out.gates, out.experts, out.counts, out.sums, out.totals, logits);
+    return std::make_tuple(out.gates, out.experts, out.counts, out.sums, out.totals, out.confidence, logits);
   });
 }
 

@@ -36,24 +36,31 @@ MOE_INLINE float exponential(float x) {
 
 MOE_INLINE double normal_cdf(double x) { return 0.5 * std::erfc(-x * 0.70710678118654752440); }
 
-// Φ(−y) = exp(−y²/2) t p(t) for y ≥ 0, t = 1 / (1 + 0.3 y); p by weighted least squares towards equal ripples in the
-// relative error, which is below 4e-9 before rounding. So the far negative side keeps its digits, where 1 + erf loses
-// them, and with it GELU.
+// Φ(x) = 1/2 + x p(t), t = 2 x² / 5.3² − 1 in [−1, 1]; p by weighted least squares towards equal ripples, error below
+// 4e-9 before rounding and 1e-7 after it, which is less than that of 1 + erf in float. Beyond ±5.3 Φ is 0 or 1. No
+// exponential and no division: GELU runs at a third of what they would cost.
 MOE_INLINE float normal_cdf(float x) {
-  const float y = x < 0.0f ? -x : x;
-  const float t = 1.0f / (1.0f + 0.3f * y);
-  float p = -2.061308087e-02f;
-  p = p * t + 1.123771492e-01f;
-  p = p * t - 2.280707467e-01f;
-  p = p * t + 1.915860139e-01f;
-  p = p * t - 7.925093386e-02f;
-  p = p * t + 9.605975611e-02f;
-  p = p * t + 7.842491581e-02f;
-  p = p * t + 1.102274654e-01f;
-  p = p * t + 1.195728243e-01f;
-  p = p * t + 1.196866349e-01f;
-  const float tail = exponential(-0.5f * x * x) * t * p;
-  return x < 0.0f ? tail : 1.0f - tail;
+  constexpr float kEnd = 5.3f;
+  const float inside = x > kEnd ? kEnd : x < -kEnd ? -kEnd : x;  // this way round NaN stays NaN
+  const float t = inside * inside * (2.0f / (kEnd * kEnd)) - 1.0f;
+  float p = -1.166645144e-4f;
+  p = p * t + 3.305524852e-4f;
+  p = p * t - 3.505910828e-4f;
+  p = p * t + 5.796138636e-4f;
+  p = p * t - 1.681636456e-3f;
+  p = p * t + 3.328395551e-3f;
+  p = p * t - 5.429091748e-3f;
+  p = p * t + 8.707288915e-3f;
+  p = p * t - 1.334645916e-2f;
+  p = p * t + 1.896428472e-2f;
+  p = p * t - 2.526680798e-2f;
+  p = p * t + 3.207375543e-2f;
+  p = p * t - 3.959163277e-2f;
+  p = p * t + 4.926448325e-2f;
+  p = p * t - 6.651843920e-2f;
+  p = p * t + 1.333925597e-1f;
+  const float cdf = 0.5f + inside * p;
+  return x > kEnd ? 1.0f : x < -kEnd ? 0.0f : cdf;
 }
 
 template <class T>

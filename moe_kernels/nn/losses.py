@@ -22,7 +22,7 @@ def _tokens(routing: Routing) -> int:
 def gshard(routing: Routing) -> Tensor:
     """E · Σ_e mean_t(P_te) · n_1e / T: first choices only (GShard, Lepikhin et al. 2021, Algorithm 1)."""
     statistics, tokens = routing.statistics, _tokens(routing)
-    fraction = statistics.counts[0] / tokens
+    fraction = statistics.counts[0].to(statistics.scores.dtype) / tokens
     return statistics.scores.shape[0] * ((statistics.scores / tokens) * fraction).sum()
 
 
@@ -32,7 +32,7 @@ def switch(routing: Routing) -> Tensor:
     For k > 1 f_e counts all k choices and is divided by k, so that the loss stays 1 at perfect balance whatever k is.
     """
     statistics, tokens = routing.statistics, _tokens(routing)
-    fraction = statistics.counts.sum(0) / (tokens * routing.experts.shape[1])
+    fraction = statistics.counts.sum(0).to(statistics.scores.dtype) / (tokens * routing.experts.shape[1])
     return statistics.scores.shape[0] * ((statistics.scores / tokens) * fraction).sum()
 
 

@@ -177,7 +177,7 @@ class MoE(nn.Module):
         if factor is not None:
             capacity = expert_capacity(tokens.shape[0], self.num_experts, routing.experts.shape[1], factor)
             if self.batch_priority:
-                priority = routing.gates.detach()[:, 0]
+                priority = routing.statistics.confidence
         plan = dispatch(routing.experts, self.num_experts, capacity=capacity, priority=priority)
         dropout = self.dropout if self.training else 0.0
         y = expert_ffn(
@@ -267,6 +267,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     terms = [module.auxiliary_loss for module in model.modules() if isinstance(module, MoE)]
     found = [term for term in terms if term is not None]
     if found:
-        return torch.stack(found).sum()
+        return torch.stack([term.to(found[0].device) for term in found]).sum()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.zeros((), device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; the meta device has none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic and gates: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -50,15 +56,18 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | str, ...], *, flo
     """Raise unless ``tensor`` has this shape (a string is any size), kind of dtype and the device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    agrees = tensor.dim() == len(shape) and all(
-        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
-    )
+    sizes = tensor.shape
+    agrees = len(sizes) == len(shape)
+    if agrees:
+        for wanted, size in zip(shape, sizes, strict=True):  # a plain loop: this runs for every tensor of every call
+            if not isinstance(wanted, str) and wanted != size:
+                agrees = False
     if not agrees:
-        sizes = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
-        raise ValueError(f"{name}: expected shape {sizes}, got {tuple(tensor.shape)}")
+        expected = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(sizes)}")
     if floating and not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if not floating and tensor.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {tensor.dtype}")
-    if tensor.device != like.device:
+    if tensor is not like and tensor.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got {tensor.device}")

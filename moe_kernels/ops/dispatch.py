@@ -112,11 +112,12 @@ _library.refuse_second_derivative("gather_backward")
 _library.refuse_second_derivative("combine_backward")
 
 
-def check_plan(plan: Dispatch, like: Tensor) -> None:
-    """Raise unless the shapes, dtypes and devices of ``plan`` agree with each other and with ``like``."""
-    _library.check_tensor("dispatch.inverse", plan.inverse, ("T", "k"), floating=False, like=like)
+def check_plan(plan: Dispatch, tokens: int | str, num_experts: int | str, like: Tensor) -> None:
+    """Raise unless ``plan`` is one of ``tokens`` and ``num_experts`` (a string is any) on the device of ``like``."""
+    _library.check_tensor("dispatch.inverse", plan.inverse, (tokens, "k"), floating=False, like=like)
     _library.check_tensor("dispatch.order", plan.order, (plan.inverse.numel(),), floating=False, like=like)
-    _library.check_tensor("dispatch.offsets", plan.offsets, ("E+1",), floating=False, like=like)
+    offsets = num_experts if isinstance(num_experts, str) else num_experts + 1
+    _library.check_tensor("dispatch.offsets", plan.offsets, (offsets,), floating=False, like=like)
 
 
 def dispatch(
@@ -144,13 +145,18 @@ def dispatch(
             raise ValueError("priority: has a meaning only with a capacity, got capacity=None")
         _library.check_tensor("priority", priority, (experts.shape[0],), floating=True, like=experts)
         priority = _library.cast(priority.detach(), _library.wide_dtype(priority.dtype))
-    kernel = reference.dispatch if backend.choose(experts.device.type) == "reference" else _dispatch
-    return Dispatch(*kernel(experts, num_experts, capacity, priority))
+    if backend.choose(experts.device.type) != "reference":
+        return Dispatch(*_dispatch(experts, num_experts, capacity, priority))
+    if experts.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = experts[(experts < 0) | (experts >= num_experts)]
+        if wrong.numel():
+            raise RuntimeError(f"experts: expected ids in [0, {num_experts}), got {int(wrong[0])}")
+    return Dispatch(*reference.dispatch(experts, num_experts, capacity, priority))
 
 
 def gather(x: Tensor, plan: Dispatch) -> Tensor:
     """Rows of ``x`` (T, d) in expert-major order, (A, d); the rows of dropped assignments are zero."""
-    check_plan(plan, x)
+    check_plan(plan, "T", "E+1", x)
     _library.check_tensor("x", x, (plan.inverse.shape[0], "d"), floating=True, like=x)
     kernel = reference.gather if backend.choose(x.device.type) == "reference" else _gather
     result: Tensor = kernel(x, plan.order, plan.offsets, plan.inverse)
@@ -162,7 +168,7 @@ def combine(y: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:
 
     Summed in float32 (float64 where ``y`` is float64), returned in the dtype of ``y``.
     """
-    check_plan(plan, y)
+    check_plan(plan, "T", "E+1", y)
     _library.check_tensor("y", y, (plan.order.shape[0], "d"), floating=True, like=y)
     _library.check_tensor("gates", gates, tuple(plan.inverse.shape), floating=True, like=y)
     gates = _library.cast(gates, _library.wide_dtype(y.dtype))

@@ -135,9 +135,7 @@ def expert_ffn(
     _library.check_tensor("b1", b1, (num_experts, hidden_dim), floating=True, like=x)
     _library.check_tensor("w2", w2, (num_experts, dim, hidden_dim), floating=True, like=x)
     _library.check_tensor("b2", b2, (num_experts, dim), floating=True, like=x)
-    check_plan(dispatch, x)
-    _library.check_tensor("dispatch.inverse", dispatch.inverse, (x.shape[0], "k"), floating=False, like=x)
-    _library.check_tensor("dispatch.offsets", dispatch.offsets, (num_experts + 1,), floating=False, like=x)
+    check_plan(dispatch, x.shape[0], num_experts, x)
     _library.check_tensor("gates", gates, tuple(dispatch.inverse.shape), floating=True, like=x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -153,14 +151,14 @@ def expert_ffn(
         _library.check_tensor("seed", seed, (1,), floating=False, like=x)
 
     device, dtype = x.device.type, x.dtype
-    # autocast leaves float64 alone, and knows no meta device
-    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
     tensors = [_library.cast(tensor, dtype) for tensor in (x, w1, b1, w2, b2)]
     gates = _library.cast(gates, _library.wide_dtype(dtype))
     if backend.choose(device) == "reference":
         meaning: Callable[..., Tensor] = reference.expert_ffn
-        with torch.autocast(device, enabled=False):
+        with _library.without_autocast(device):
             return meaning(*tensors, gates, dispatch.offsets, dispatch.inverse, seed, activation, dropout_p)
     save_preactivation = (
         save == "preactivation"

@@ -14,7 +14,8 @@ float64 inputs), whatever the dtype of ``x`` and whether or not autocast is on.
    how often an expert would be chosen, and ``scaled_load`` is the same with C in the place of L, as Tutel computes it.
 
 A NaN in a token makes its gates NaN and leaves the other tokens alone; its experts are then the first k.
-Gates, all statistics but ``counts`` and ``entropy`` are differentiable, once; the reference any number of times.
+Gates and all statistics but ``counts``, ``entropy`` and ``confidence`` are differentiable, once; those of the
+reference any number of times.
 Deterministic; the matrix products are the BLAS library's, so bit for bit the same for the same number of threads.
 """
 
@@ -48,6 +49,8 @@ class Statistics(NamedTuple):
     """(): Σ_t (log Σ_e exp L)², the router z-loss (Zoph et al. 2022, Eq. 5) before its mean."""
     entropy: Tensor
     """(): Σ_t of the entropy of C, in nats; not differentiable."""
+    confidence: Tensor
+    """(T,): the largest of P, by which batch priority goes; not a sum, and not differentiable."""
 
 
 class Routing(NamedTuple):
@@ -62,7 +65,7 @@ class Routing(NamedTuple):
 
 _SELECTION = "Tensor? seed, int top_k, float noise_std, bool renormalize"
 _GRADS = "Tensor grad_gates, Tensor grad_sums, Tensor grad_totals"
-_OUTPUTS = "Tensor gates, Tensor experts, Tensor counts, Tensor sums, Tensor totals, Tensor logits"
+_OUTPUTS = "Tensor gates, Tensor experts, Tensor counts, Tensor sums, Tensor totals, Tensor confidence, Tensor logits"
 
 
 def _fake_selection(x: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, ...]:
@@ -73,6 +76,7 @@ def _fake_selection(x: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, ..
         x.new_empty(top_k, num_experts, dtype=torch.int64),
         x.new_empty(4, num_experts),
         x.new_empty(2),
+        x.new_empty(tokens),
         x.new_empty(tokens, num_experts),
     )
 
@@ -134,8 +138,8 @@ OPERATORS = (_cosine, _linear)
 
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], seed: Tensor | None, rest: tuple[Any, ...], output: Any) -> None:
-    _, experts, counts, _, _, *saved = output
-    ctx.mark_non_differentiable(experts, counts, *saved)
+    _, experts, counts, _, _, confidence, *saved = output
+    ctx.mark_non_differentiable(experts, counts, confidence, *saved)
     ctx.save_for_backward(*tensors, *saved, experts, *(() if seed is None else (seed,)))
     ctx.has_seed, ctx.rest = seed is not None, rest
 
@@ -198,12 +202,15 @@ def _run(
     dtype, device = _library.wide_dtype(tensors[0].dtype), tensors[0].device.type
     tensors = tuple(_library.cast(tensor, dtype) for tensor in tensors)
     if backend.choose(device) == "reference":
-        with torch.autocast(device, enabled=False):
+        with _library.without_autocast(device):
             outputs = meaning(*tensors, *selection)
     else:  # autocast has no rule for our operators and leaves them alone
         outputs = operator(*tensors, *selection)
-    gates, experts, counts, sums, totals, *_ = outputs
-    return Routing(gates, experts, Statistics(counts, *sums.unbind(0), *totals.unbind(0)))
+    gates, experts, counts, sums, totals, confidence, *_ = outputs
+    scores, importance, load, scaled_load = sums.unbind(0)
+    z, entropy = totals.unbind(0)
+    statistics = Statistics(counts, scores, importance, load, scaled_load, z, entropy, confidence)
+    return Routing(gates, experts, statistics)
 
 
 def route(

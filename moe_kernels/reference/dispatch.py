@@ -46,5 +46,5 @@ def gather(x: Tensor, order: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor
 def combine(y: Tensor, gates: Tensor, order: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor:
     """(T, d): Σ_j gates[t, j] · y[inverse[t, j]] over kept assignments, summed in the dtype of the gates."""
     chosen = y[inverse].to(gates.dtype)
-    weighted = chosen * gates[..., None]
-    return weighted.where((inverse < offsets[-1])[..., None], weighted.new_zeros(())).sum(1).to(y.dtype)
+    chosen = chosen.where((inverse < offsets[-1])[..., None], chosen.new_zeros(()))
+    return (chosen * gates[..., None]).sum(1).to(y.dtype)

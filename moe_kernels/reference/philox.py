@@ -37,8 +37,8 @@ def words(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """The middle of one of 2²⁴ equal intervals of (0, 1), exact in float32."""
-    return ((word >> 8).float() + 0.5) * 2.0**-24
+    """The middle of one of 2²³ equal intervals of (0, 1), exact in float32."""
+    return ((word >> 9).float() + 0.5) * 2.0**-23
 
 
 def normal(seed: Tensor, rows: int, columns: int) -> Tensor:

@@ -13,8 +13,8 @@ MAX_LOG_SCALE = 4.605170185988092  # ln 100: the learned temperature stays above
 
 def _select(
     logits: Tensor, seed: Tensor | None, top_k: int, noise_std: float, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From clean logits (T, E) to gates (T, k), experts (T, k), counts (k, E), sums (4, E) and totals (2,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From clean logits: gates, experts (T, k), counts (k, E), sums (4, E), totals (2,), confidence (T,)."""
     tokens, num_experts = logits.shape
     noisy = logits
     if seed is not None:
@@ -24,6 +24,7 @@ def _select(
     # A stable sort gives ties to the lowest id, which topk does not promise.
     experts = probabilities.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
     gates = probabilities.gather(1, experts)
+    confidence = gates[:, 0].detach()
     if renormalize:
         gates = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
 
@@ -39,7 +40,7 @@ def _select(
     counts = counts.scatter_add(1, experts.t(), torch.ones_like(experts.t()))
     sums = torch.stack([probabilities.sum(0), clean_probabilities.sum(0), load, scaled_load])
     totals = torch.stack([log_partition.square().sum(), entropy.sum().detach()])
-    return gates, experts, counts, sums, totals
+    return gates, experts, counts, sums, totals, confidence
 
 
 def cosine(
@@ -52,7 +53,7 @@ def cosine(
     top_k: int,
     noise_std: float,
     renormalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cosine logits, then the selection."""
     projected = F.linear(x, projection, bias)
     scale = log_scale.clamp(max=MAX_LOG_SCALE).exp()
@@ -62,6 +63,6 @@ def cosine(
 
 def linear(
     x: Tensor, weight: Tensor, seed: Tensor | None, top_k: int, noise_std: float, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Linear logits, then the selection."""
     return _select(F.linear(x, weight), seed, top_k, noise_std, renormalize)

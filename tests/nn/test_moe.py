@@ -149,6 +149,25 @@ def test_priority_keeps_the_most_probable_tokens():
             assert routing.gates[mine & zero].max() <= routing.gates[mine & ~zero].min()
 
 
+def test_priority_goes_by_the_probability_and_not_by_the_renormalized_gate():
+    router = LinearRouter(3, 3, top_k=2, renormalize=True)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(3))
+    moe = MoE(3, 4, 3, router=router, eval_capacity_factor=1.0, batch_priority=True).eval()
+    # All three want expert 0, which keeps two. The first has a larger share of its two best than the second, and yet
+    # the smaller probability: it is the one to go.
+    moe(torch.tensor([[1.2, 0.0, 0.8], [2.0, 1.9, -9.0], [5.0, 0.0, 0.0]]))
+    gates, experts, statistics = moe.last_routing
+    assert experts[:, 0].tolist() == [0, 0, 0]
+    assert gates[0, 0] > gates[1, 0]
+    assert statistics.confidence[0] < statistics.confidence[1]
+    with torch.no_grad():
+        moe.b2.fill_(1)
+        moe.w2.zero_()
+    y = moe(torch.tensor([[1.2, 0.0, 0.8], [2.0, 1.9, -9.0], [5.0, 0.0, 0.0]]))
+    torch.testing.assert_close(y[:, 0], torch.tensor([float(gates[0, 1]), 1.0, 1.0]))
+
+
 @pytest.mark.parametrize("options", [{}, {"balance_loss": "tutel", "noise": 1.0, "dropout": 0.1, "top_k": 2}])
 def test_compiles_as_one_graph_with_gradients(options):
     moe = layer(**options)

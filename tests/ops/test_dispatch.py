@@ -65,8 +65,6 @@ def test_first_choices_come_before_second_and_priority_before_order(name):
 
 @BACKENDS
 def test_out_of_range_expert_is_an_error(name):
-    if name == "reference":
-        pytest.skip("the reference cannot look without a host synchronization")
     with backend.force(name), pytest.raises(RuntimeError, match=r"experts: expected ids in \[0, 3\), got 3"):
         dispatch(torch.tensor([[0], [3]]), 3)
 
@@ -185,3 +183,22 @@ def test_bad_options_are_named():
         combine(torch.randn(3, 5), torch.rand(3, 2), plan)
     with pytest.raises(ValueError, match=r"dispatch.order: expected shape \(3,\), got \(2,\)"):
         gather(torch.randn(3, 5), Dispatch(plan.order[:2], *plan[1:]))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda plan: plan._replace(order=plan.order + 100),
+        lambda plan: plan._replace(order=torch.zeros_like(plan.order)),
+        lambda plan: plan._replace(inverse=plan.inverse - 7),
+        lambda plan: plan._replace(offsets=plan.offsets + 1),
+        lambda plan: plan._replace(offsets=plan.offsets.flip(0)),
+        lambda plan: plan._replace(offsets=plan.offsets[:0]),
+    ],
+)
+def test_a_plan_that_dispatch_did_not_make_is_an_error_and_no_crash(broken):
+    plan = broken(dispatch(random_experts(6, 2, 3), 3))
+    with backend.force("cpp"), pytest.raises(RuntimeError, match="dispatch: "):
+        gather(torch.randn(6, 4), plan)
+    with backend.force("cpp"), pytest.raises(RuntimeError, match="dispatch: "):
+        combine(torch.randn(12, 4), torch.rand(6, 2), plan)

@@ -121,7 +121,7 @@ def test_opcheck_of_every_operator():
         weight = torch.randn(5, 19, requires_grad=True)
         torch.library.opcheck(operators.routing_linear.default, (x, weight, *options))
         with torch.no_grad():
-            gates, experts, _, sums, totals, logits, projected = operators.routing_cosine(*arguments)
+            gates, experts, _, sums, totals, _, logits, projected = operators.routing_cosine(*arguments)
         given = tuple(t.detach() for t in (gates, sums, totals, x, projection, embedding, log_scale))
         torch.library.opcheck(operators.routing_cosine_backward.default, (*given, logits, projected, experts, *options))
         torch.library.opcheck(

@@ -68,10 +68,10 @@ def test_the_round_trip_is_exact(sizes, router, blocks, dtype, seed):
 
 
 def test_the_official_names_and_shapes():
-    model = small(layers=[4])
+    model = small(layers=[2])
     official = gmoe.to_official_state_dict(model)
     dense = gmoe.create("gmoe_digits", 5, layers=[]).state_dict()
-    prefix = "blocks.4.mlp."
+    prefix = "blocks.2.mlp."
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in official.items() if key not in dense}
     assert shapes == {
         "experts.batched_fc1_w": (3, 256, 64),
@@ -105,10 +105,10 @@ def tutel_layer(state, x):
 
 
 def test_the_official_tensors_mean_what_tutel_computes():
-    model = randomized(small(layers=[4])).eval()
-    layer = model.blocks[4].mlp
+    model = randomized(small(layers=[2])).eval()
+    layer = model.blocks[2].mlp
     layer.eval_capacity_factor = None
-    prefix = "blocks.4.mlp."
+    prefix = "blocks.2.mlp."
     official = gmoe.to_official_state_dict(model)
     x = torch.randn(40, 64)
     expected = tutel_layer({key.removeprefix(prefix): value for key, value in official.items()}, x)
@@ -140,19 +140,19 @@ def test_biases_of_newer_tutel_and_no_expert_count():
 def test_everything_that_does_not_fit_is_in_one_error():
     model = small()
     state = gmoe.to_official_state_dict(model)
-    del state["blocks.2.mlp.gates.0.temperature"], state["norm.bias"]
+    del state["blocks.0.mlp.gates.0.temperature"], state["norm.bias"]
     state["extra.weight"] = torch.zeros(1)
-    state["blocks.4.mlp.gates.0.sim_matrix"] = torch.zeros(8, 6)
-    state["blocks.4.mlp.experts.batched_fc1_bias"] = torch.zeros(6, 1, 256)
+    state["blocks.2.mlp.gates.0.sim_matrix"] = torch.zeros(8, 6)
+    state["blocks.2.mlp.experts.batched_fc1_bias"] = torch.zeros(6, 1, 256)
     with pytest.raises(ValueError, match="does not fit VisionTransformer") as caught:
         gmoe.from_official_state_dict(state, model)
     lines = str(caught.value).splitlines()
     assert set(lines[1].removeprefix("  missing: ").split(", ")) == {
-        "blocks.2.mlp.gates.0.temperature",
+        "blocks.0.mlp.gates.0.temperature",
         "norm.bias",
     }
     assert lines[2] == "  unknown: extra.weight"
-    assert "blocks.4.mlp.gates.0.sim_matrix (expected (8, 3), got (8, 6))" in lines[3]
+    assert "blocks.2.mlp.gates.0.sim_matrix (expected (8, 3), got (8, 6))" in lines[3]
     assert "batched_fc1_bias (expected (3, 1, 256) or (3, 256), got (6, 1, 256))" in lines[3]
     assert len(lines) == 4
 
@@ -179,7 +179,7 @@ def test_a_router_that_tutel_does_not_have():
         top_k, num_experts, noise = 1, 3, 1.0
 
     model = small(router=Foreign())
-    with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.router.*cosine or linear, got Foreign"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.router.*cosine or linear, got Foreign"):
         gmoe.to_official_state_dict(model)
     assert gmoe.to_official_state_dict(small(router=Other(64, 3, noise=1.0)))
 

@@ -32,7 +32,7 @@ def mixtures(model):
 def test_the_layers_are_the_published_ones(top_k):
     model = gmoe.create("gmoe_digits", 10, top_k=top_k)
     published = MoE.tutel(64, 256, 6, top_k=top_k)
-    assert list(mixtures(model)) == ["blocks.2.mlp", "blocks.4.mlp"]
+    assert list(mixtures(model)) == ["blocks.0.mlp", "blocks.2.mlp"]
     for layer in mixtures(model).values():
         for name in SETTINGS:
             assert getattr(layer, name) == getattr(published, name), name
@@ -108,7 +108,7 @@ def test_arguments_replace_the_published_ones():
         assert layer.capacity_factor == 1.5
         assert layer.router.projection.weight.shape == (16, 64)
     linear = gmoe.create("gmoe_digits", 10, router="linear", num_experts=4)
-    assert mixtures(linear)["blocks.2.mlp"].router.weight.shape == (4, 64)
+    assert mixtures(linear)["blocks.0.mlp"].router.weight.shape == (4, 64)
 
 
 def test_a_router_module_brings_its_own():
@@ -162,9 +162,9 @@ def test_a_dense_file_becomes_the_experts(tmp_path, suffix):
     else:
         torch.save({"model": {f"module.{key}": value for key, value in source.state_dict().items()}}, path)
     model = gmoe.create("gmoe_digits", 10, pretrained=path)
-    layer = model.blocks[4].mlp
-    assert torch.equal(layer.w1, source.blocks[4].mlp.fc1.weight.expand_as(layer.w1))
-    assert torch.equal(layer.b2, source.blocks[4].mlp.fc2.bias.expand_as(layer.b2))
+    layer = model.blocks[2].mlp
+    assert torch.equal(layer.w1, source.blocks[2].mlp.fc1.weight.expand_as(layer.w1))
+    assert torch.equal(layer.b2, source.blocks[2].mlp.fc2.bias.expand_as(layer.b2))
     assert torch.equal(model.head.weight, source.head.weight)
     dense = gmoe.create("gmoe_digits", 10, pretrained=str(path), layers=[])
     x = torch.randn(2, 3, 32, 32)
