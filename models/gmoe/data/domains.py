@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -95,28 +94,3 @@ class Domains:
         values = images.detach().cpu().float().movedim(-3, -1).numpy()
         values = values * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-
-
-def contact_sheet(data: Domains, columns: int = 10) -> np.ndarray:
-    """One picture of all domains, a row each, uint8 (rows · H, columns · W, 3).
-
-    Column c shows class c, and begins with the classes again, each with another image, when they are
-    fewer than the columns. A place for which a domain has no image is black. All images must have one
-    size.
-
-    Raises:
-        ValueError: ``columns`` is not positive.
-    """
-    if columns < 1:
-        raise ValueError(f"columns must be positive, got {columns}")
-    return np.concatenate([_row(data, dataset, columns) for dataset in data.evaluation])
-
-
-def _row(data: Domains, dataset: ImageDataset, columns: int) -> np.ndarray:
-    cells = [np.zeros_like(data.pixels(dataset[0][0]))] * columns
-    for column in range(columns):
-        again, label = divmod(column, len(data.classes))
-        places = torch.nonzero(dataset.labels == label).flatten().tolist()
-        if again < len(places):
-            cells[column] = data.pixels(dataset[places[again]][0])
-    return np.concatenate(cells, axis=1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_kernels.models.gmoe.data.domains import Domains, ImageDataset, contact_sheet, normalized_name
+from moe_kernels.models.gmoe.data.domains import Domains, ImageDataset, normalized_name
 
 
 class Flat(ImageDataset):
@@ -60,12 +60,3 @@ def test_pixels_undo_the_normalization():
     normalized = (raw.astype(np.float32) / 255 - np.float32(data.mean)) / np.float32(data.std)
     assert np.array_equal(data.pixels(torch.from_numpy(normalized).permute(0, 3, 1, 2)), raw)
     assert data.pixels(torch.full((3, 1, 1), 9.0)).tolist() == [[[255, 255, 255]]]
-
-
-def test_contact_sheet_has_a_row_a_domain_and_a_column_a_class():
-    sheet = contact_sheet(make(), columns=4)
-    assert sheet.shape == (2 * 2, 4 * 2, 3)
-    # Class a, class b, the second of class a, and no second of class b.
-    assert sheet[0, ::2, 0].tolist() == [0, 128, 255, 0]
-    with pytest.raises(ValueError, match="columns must be positive"):
-        contact_sheet(make(), columns=0)
