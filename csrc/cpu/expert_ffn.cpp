@@ -1,168 +1,70 @@
 // expert_ffn and its gradient; specified in moe_kernels/ops/expert_ffn.py.
 //
-// Expert by expert, in blocks of rows: gather, product, bias + activation + dropout on the block while it is
-// in cache, product. A last pass sums a token's experts in the order of its choices, so no sum depends on
-// scheduling.
+// Here is what happens when: blocks of rows of all experts, which the threads take one after the other, so that skewed
+// loads keep them all busy. The arithmetic of a block is in isa/expert_ffn.h. Every number is computed by one task in
+// one order, so no result depends on the number of threads.
+
+#include "expert_ffn.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
-#include "../common/philox.h"
-#include "activation.h"
-#include "common.h"
+#include "isa.h"
+#include "memory.h"
+
+#define MOE_FOR_EACH_ISA "isa/expert_ffn.h"
 
 namespace moe_kernels {
 namespace {
 
-// Rows of a block: enough to amortize what a product packs, few enough that the hidden block stays in the
-// last cache.
-constexpr int64_t kBlockRows = 4096;
+#include "for_each_isa.h"
 
-struct Plan {
-  Plan(const Tensor& order_in, const Tensor& offsets_in, const Tensor& inverse_in)
-      : order(dense(order_in)), offsets(dense(offsets_in)), inverse(dense(inverse_in)) {
-    check_plan(order, offsets, inverse);
-    assignment = data<int64_t>(order);
-    offset = data<int64_t>(offsets);
-    position = data<int64_t>(inverse);
-    num_experts = offsets.numel() - 1;
-    tokens = inverse.size(0);
-    top_k = inverse.size(1);
-    kept = offset[num_experts];
-  }
+// Rows of a block: few enough that its tokens, hidden features and outputs stay in a core's second cache, and many
+// enough that reading all weights for it does not show.
+constexpr int64_t kBlockRows = 144;
+// Rows of a unit, in which the backward goes from the gradient of the output to those of the weights.
+constexpr int64_t kUnitRows = 576;
 
-  int64_t token(int64_t row) const { return assignment[row] / top_k; }
+int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-  // Calls f(expert, first row, number of rows) for every block of kept rows, in order. An expert's blocks are of equal
-  // size but for one row, since a product of a few left-over rows costs nearly as much as one of many.
-  template <class F>
-  void for_blocks(int64_t block, const F& f) const {
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const int64_t rows = offset[e + 1] - offset[e], blocks = (rows + block - 1) / block;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = offset[e] + rows * i / blocks;
-        f(e, first, offset[e] + rows * (i + 1) / blocks - first);
-      }
-    }
-  }
-
-  int64_t largest_block(int64_t block) const {
-    int64_t largest = 1;
-    for (int64_t e = 0; e < num_experts; ++e) largest = std::max(largest, offset[e + 1] - offset[e]);
-    return std::min(block, largest);
-  }
-
-  Tensor order, offsets, inverse;
-  const int64_t *assignment, *offset, *position;
-  int64_t num_experts, tokens, top_k, kept;
-};
-
-struct Dropout {
-  Dropout(const std::optional<Tensor>& seed, double p)
-      : active(seed.has_value()),
-        seed(active ? *data<int64_t>(*seed) : 0),
-        p(static_cast<float>(p)),
-        scale(1.0 / (1.0 - p)) {}
-
-  // The factors of one row, or null without dropout.
-  template <class A>
-  const A* mask(int64_t token, int64_t expert, int64_t num_experts, std::vector<A>& row) const {
-    if (!active) return nullptr;
-    const int64_t n = static_cast<int64_t>(row.size()), groups = (n + 3) / 4;
-    for (int64_t group = 0; group < groups; ++group) {
-      const Words words = philox(seed, (token * num_experts + expert) * groups + group);
-      for (int64_t i = 0; i < std::min<int64_t>(4, n - 4 * group); ++i) {
-        row[4 * group + i] = uniform(words.word[i]) >= p ? A(scale) : A(0);
-      }
-    }
-    return row.data();
-  }
-
-  bool active;
-  uint64_t seed;
-  float p;
-  double scale;
-};
-
-// One expert's slice of a stack of weights in the dtype of the arithmetic.
-template <class S>
-Tensor expert_weight(const Tensor& weights, int64_t expert) {
-  using A = accumulate_t<S>;
-  const Tensor slice = torch::stable::select(weights, 0, expert);
-  if constexpr (std::is_same_v<S, A>) return slice;
-  const Tensor wide = empty({slice.size(0), slice.size(1)}, scalar_type<A>);
-  const S* from = data<S>(slice);
-  A* to = mutable_data<A>(wide);
-  torch::stable::parallel_for(0, slice.numel(), 16384,
-                              [&](int64_t begin, int64_t end) { convert(from + begin, to + begin, end - begin); });
-  return wide;
-}
-
-template <class S>
-void gather_rows(const Plan& plan, const S* from, int64_t dim, int64_t first, int64_t rows, const Tensor& out) {
-  using A = accumulate_t<S>;
-  A* to = mutable_data<A>(out);
-  torch::stable::parallel_for(0, rows, grain(dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) convert(from + plan.token(first + i) * dim, to + i * dim, dim);
+// Calls f(thread) for every thread, at once as far as there are any.
+template <class F>
+void on_every_thread(const F& f) {
+  torch::stable::parallel_for(0, threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(thread);
   });
 }
 
-template <class S>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                                   const Tensor& b2, const Tensor& gates, const Plan& plan, const Dropout& dropout,
-                                   Activation activation, bool save) {
-  using A = accumulate_t<S>;
-  constexpr bool kWide = std::is_same_v<S, A>;
-  const int64_t dim = x.size(1), hidden = w1.size(1), assignments = plan.order.numel();
-  const int64_t block = plan.largest_block(kBlockRows);
-  const Tensor y = empty({plan.tokens, dim}, x.scalar_type());
-  const Tensor saved = empty({save ? assignments : 0, hidden}, x.scalar_type());
-  const Tensor outputs = empty({assignments, dim}, scalar_type<A>);
-  const Tensor xs = empty({block, dim}, scalar_type<A>);
-  const Tensor scratch = empty({block, hidden}, scalar_type<A>);
-  const Tensor active = empty({save && kWide ? block : 0, hidden}, scalar_type<A>);
-
-  int64_t current = -1;
-  Tensor weight1 = w1, weight2 = w2;
-  plan.for_blocks(block, [&](int64_t e, int64_t first, int64_t rows) {
-    if (e != current) {
-      weight1 = transposed(expert_weight<S>(w1, e));
-      weight2 = transposed(expert_weight<S>(w2, e));
-      current = e;
+// Every expert's rows in pieces of nearly the same size, none larger than `size`, whole panels if possible.
+std::vector<Rows> pieces(const Plan& plan, int64_t size, int64_t multiple) {
+  std::vector<Rows> all;
+  for (int64_t e = 0; e < plan.num_experts; ++e) {
+    const int64_t rows = plan.offset[e + 1] - plan.offset[e], count = (rows + size - 1) / size;
+    int64_t first = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t share = (rows - first + count - i - 1) / (count - i);
+      const int64_t taken = std::min(rows - first, std::min(size, (share + multiple - 1) / multiple * multiple));
+      if (taken > 0) all.push_back({e, plan.offset[e] + first, taken});
+      first += taken;
     }
-    gather_rows(plan, data<S>(x), dim, first, rows, xs);
-    // Where it is saved in the dtype of the arithmetic, the first product writes the pre-activation in its
-    // place.
-    const bool in_place = save && kWide;
-    const Tensor z = in_place ? rows_of(saved, first, rows) : rows_of(scratch, 0, rows);
-    const Tensor a = in_place ? rows_of(active, 0, rows) : z;
-    multiply(z, rows_of(xs, 0, rows), weight1);
-    A *z_data = mutable_data<A>(z), *a_data = mutable_data<A>(a);
-    S* saved_data = save ? mutable_data<S>(saved) + first * hidden : nullptr;
-    // The bias in the dtype of the arithmetic.
-    std::vector<A> bias(hidden);
-    convert(data<S>(b1) + e * hidden, bias.data(), hidden);
-    torch::stable::parallel_for(0, rows, grain(hidden), [&](int64_t begin, int64_t end) {
-      std::vector<A> factors(dropout.active ? hidden : 0);
-      for (int64_t i = begin; i < end; ++i) {
-        A* row = z_data + i * hidden;
-        const A* mask = dropout.mask(plan.token(first + i), e, plan.num_experts, factors);
-        if (save && !kWide) {
-          for (int64_t c = 0; c < hidden; ++c) saved_data[i * hidden + c] = saturated<S>(row[c] + bias[c]);
-        }
-        activation_forward(activation, row, bias.data(), mask, a_data + i * hidden, hidden);
-      }
-    });
-    multiply(rows_of(outputs, first, rows), a, weight2);
-  });
-  if (save) {
-    S* tail = mutable_data<S>(saved);
-    std::fill(tail + plan.kept * hidden, tail + assignments * hidden, S(0.f));
   }
+  return all;
+}
 
-  const A *out = data<A>(outputs), *gate = data<A>(gates);
-  const S* bias = data<S>(b2);
-  S* to = mutable_data<S>(y);
+// Rows of a block, such that there are some blocks for every thread.
+int64_t block_rows(const Plan& plan) {
+  return std::clamp<int64_t>(plan.kept / (4 * threads()) / 48 * 48, 48, kBlockRows);
+}
+
+// y[t] = Σ_j rows[position(t, j)] over the kept assignments, in the order of j.
+template <class S>
+void combine_rows(const Plan& plan, const accumulate_t<S>* rows, int64_t dim, S* y) {
+  using A = accumulate_t<S>;
   torch::stable::parallel_for(0, plan.tokens, grain(dim * plan.top_k), [&](int64_t begin, int64_t end) {
     std::vector<A> sum(dim);
     for (int64_t t = begin; t < end; ++t) {
@@ -170,214 +72,213 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tens
       for (int64_t j = 0; j < plan.top_k; ++j) {
         const int64_t row = plan.position[t * plan.top_k + j];
         if (row >= plan.kept) continue;
-        const int64_t e = std::upper_bound(plan.offset, plan.offset + plan.num_experts + 1, row) - plan.offset - 1;
-        const A g = gate[t * plan.top_k + j];
-        const A* from = out + row * dim;
-        const S* b = bias + e * dim;
-        for (int64_t c = 0; c < dim; ++c) sum[c] += g * (from[c] + static_cast<A>(b[c]));
+        for (int64_t c = 0; c < dim; ++c) sum[c] += rows[row * dim + c];
       }
-      convert(sum.data(), to + t * dim, dim);
+      convert(sum.data(), y + t * dim, dim);
     }
   });
+}
+
+// Zeros for the tokens whose only assignment was dropped.
+template <class S>
+void clear_dropped(const Plan& plan, int64_t dim, S* y) {
+  for (int64_t row = plan.kept; row < plan.assignments; ++row) std::fill_n(y + plan.token(row) * dim, dim, S(0.f));
+}
+
+template <class S>
+std::tuple<Tensor, Tensor> forward(const Ffn<S>& ffn, const Tensor& x, bool save) {
+  using A = accumulate_t<S>;
+  const Plan& plan = ffn.plan;
+  const Tensor y = empty({plan.tokens, ffn.dim}, x.scalar_type());
+  const Tensor saved = take_tensor(save ? plan.assignments : 0, ffn.hidden, x.scalar_type());
+  const Scratch<A> outputs(plan.top_k == 1 ? 0 : plan.assignments * ffn.dim);
+  const int64_t block = block_rows(plan), size = MOE_BY_ISA(forward_space<A>, block, ffn.dim, ffn.hidden);
+  const Scratch<A> memory(threads() * size);
+  S* const z = save ? mutable_data<S>(saved) : nullptr;
+
+  const std::vector<Rows> blocks = pieces(plan, block, 48);
+  std::atomic<size_t> next{0};
+  on_every_thread([&](int64_t thread) {
+    A* const own = memory.data() + thread * size;
+    for (size_t i = next++; i < blocks.size(); i = next++) {
+      MOE_BY_ISA(forward_rows, ffn, blocks[i], block, own, z, outputs.data(), mutable_data<S>(y));
+    }
+  });
+
+  if (save) std::fill(z + plan.kept * ffn.hidden, z + plan.assignments * ffn.hidden, S(0.f));
+  if (plan.top_k == 1) {
+    clear_dropped(plan, ffn.dim, mutable_data<S>(y));
+  } else {
+    combine_rows(plan, outputs.data(), ffn.dim, mutable_data<S>(y));
+  }
   return {y, saved};
 }
 
-// Sums of rows into bias gradients, in double: a running sum over thousands of rows in float would lose digits that
-// plain PyTorch's pairwise sum keeps. Chunks of a fixed number of rows are summed apart and then in order, so the
-// result does not depend on the number of threads.
-class RowSums {
- public:
-  RowSums(int64_t rows, int64_t columns)
-      : rows_(rows), columns_(columns), chunks_((rows + kRows - 1) / kRows), sums_(chunks_ * columns, 0.0) {}
-
-  // f(first row, last row, sums of the chunk), in parallel.
-  template <class F>
-  void for_chunks(const F& f) {
-    torch::stable::parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        f(chunk * kRows, std::min(rows_, (chunk + 1) * kRows), sums_.data() + chunk * columns_);
-      }
-    });
-  }
-
-  // out (+)= columns first … first + count of the sums.
-  template <class A>
-  void store(int64_t first, int64_t count, bool accumulate, A* out) const {
-    for (int64_t c = 0; c < count; ++c) {
-      double sum = accumulate ? static_cast<double>(out[c]) : 0.0;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += sums_[chunk * columns_ + first + c];
-      out[c] = static_cast<A>(sum);
-    }
-  }
-
- private:
-  static constexpr int64_t kRows = 64;
-  int64_t rows_, columns_, chunks_;
-  std::vector<double> sums_;
+// The backward's tasks, in the order in which they are taken. A unit's rows come before the weights' gradients of the
+// unit before it, so that a thread that finishes early finds work that waits for nobody.
+struct Task {
+  enum Stage { kPack, kRows, kWeights } stage;
+  int64_t unit, index;
 };
 
-template <class A>
-MOE_INLINE void add_scaled(const A* row, A scale, int64_t n, double* sum) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(scale * row[i]);
-}
+// How many tasks of each stage of a unit are still to be done.
+struct Progress {
+  std::atomic<int64_t> left[3];
 
-// out (+)= a b; the first block of an expert writes, the others add.
-template <class A>
-void accumulate_product(const Tensor& out, const Tensor& scratch, const Tensor& a, const Tensor& b, bool accumulate) {
-  multiply(accumulate ? scratch : out, a, b);
-  if (!accumulate) return;
-  A* to = mutable_data<A>(out);
-  const A* from = data<A>(scratch);
-  torch::stable::parallel_for(0, out.numel(), 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] += from[i];
-  });
-}
-
-// The gradient of one expert's parameters, summed in the dtype of the arithmetic and stored once.
-template <class S>
-struct ParameterGradient {
-  using A = accumulate_t<S>;
-  static constexpr bool kWide = std::is_same_v<S, A>;
-
-  ParameterGradient(const Tensor& parameter)
-      : grad(torch::stable::empty_like(parameter)),
-        sum(kWide ? grad : empty({parameter.dim() == 3 ? parameter.size(1) : 1, parameter.size(-1)}, scalar_type<A>)) {}
-
-  Tensor expert(int64_t e) const { return kWide ? torch::stable::select(grad, 0, e) : sum; }
-
-  void clear(int64_t e) const {
-    const Tensor slice = torch::stable::select(grad, 0, e);
-    std::fill_n(mutable_data<S>(slice), slice.numel(), S(0.f));
+  void wait(Task::Stage stage) const {
+    while (left[stage].load(std::memory_order_acquire) > 0) std::this_thread::yield();
   }
-
-  void store(int64_t e) const {
-    if constexpr (!kWide) {
-      const Tensor slice = torch::stable::select(grad, 0, e);
-      const A* from = data<A>(sum);
-      S* to = mutable_data<S>(slice);
-      torch::stable::parallel_for(0, slice.numel(), 16384,
-                                  [&](int64_t begin, int64_t end) { convert(from + begin, to + begin, end - begin); });
-    }
-  }
-
-  Tensor grad, sum;
 };
 
 template <class S>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const Tensor& gates, const Tensor& saved, const Plan& plan, const Dropout& dropout, Activation activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>& ffn, const Tensor& grad,
+                                                                    const Tensor& x, const Tensor& w1,
+                                                                    const Tensor& b1, const Tensor& w2,
+                                                                    const Tensor& b2, const Tensor& gates,
+                                                                    const Tensor& saved) {
   using A = accumulate_t<S>;
-  constexpr bool kWide = std::is_same_v<S, A>;
-  const int64_t dim = x.size(1), hidden = w1.size(1), assignments = plan.order.numel();
-  const int64_t block = plan.largest_block(kBlockRows);
-  const bool have_z = saved.size(0) == assignments;
-  const ParameterGradient<S> grad_w1(w1), grad_b1(b1), grad_w2(w2), grad_b2(b2);
+  const Plan& plan = ffn.plan;
+  const int64_t dim = ffn.dim, hidden = ffn.hidden;
+  const Gradient<S> grad_w1(w1), grad_b1(b1), grad_w2(w2), grad_b2(b2);
   const Tensor grad_gates = torch::stable::new_zeros(gates, gates.sizes());
   const Tensor grad_x = empty({plan.tokens, dim}, x.scalar_type());
-  const Tensor grad_rows = empty({assignments, dim}, scalar_type<A>);
-  const Tensor xs = empty({block, dim}, scalar_type<A>), dys = empty({block, dim}, scalar_type<A>);
-  const Tensor dz = empty({block, hidden}, scalar_type<A>), active = empty({block, hidden}, scalar_type<A>);
-  const Tensor scratch_z = empty({have_z && kWide ? 0 : block, hidden}, scalar_type<A>);
-  const bool several = plan.largest_block(assignments) > block;
-  const Tensor scratch_w1 = empty({several ? hidden : 0, dim}, scalar_type<A>);
-  const Tensor scratch_w2 = empty({several ? dim : 0, hidden}, scalar_type<A>);
-  const A* gate = data<A>(gates);
-  A* gate_grad = mutable_data<A>(grad_gates);
+  const Scratch<A> grad_rows(plan.top_k == 1 ? 0 : plan.assignments * dim);
+  std::vector<double> bias_sums(2 * (hidden + dim));
+  const bool have_z = saved.size(0) == plan.assignments;
+  const Backward<S> call{ffn,
+                         data<S>(grad),
+                         have_z ? data<S>(saved) : nullptr,
+                         mutable_data<S>(grad_x),
+                         grad_rows.data(),
+                         mutable_data<A>(grad_gates),
+                         grad_w1,
+                         grad_b1,
+                         grad_w2,
+                         grad_b2,
+                         bias_sums.data()};
+  const int64_t block = block_rows(plan);
+  const Sizes sizes = MOE_BY_ISA(backward_sizes<A>, kUnitRows, block, dim, hidden, !have_z);
 
-  int64_t current = -1;
-  Tensor weight1 = w1, weight2 = w2;
-  plan.for_blocks(block, [&](int64_t e, int64_t first, int64_t rows) {
-    const bool again = e == current;
-    if (!again) {
-      weight1 = expert_weight<S>(w1, e);
-      weight2 = expert_weight<S>(w2, e);
-      current = e;
-    }
-    gather_rows(plan, data<S>(x), dim, first, rows, xs);
-    gather_rows(plan, data<S>(grad), dim, first, rows, dys);
-    const Tensor x_rows = rows_of(xs, 0, rows), dy_rows = rows_of(dys, 0, rows);
-    const Tensor dz_rows = rows_of(dz, 0, rows), active_rows = rows_of(active, 0, rows);
+  // Three units are under way at once: one whose rows are worked on, one whose weights' gradients are, and one that
+  // waits for neither. Packed weights are needed only for the rows.
+  constexpr int64_t kSlots = 3, kPacks = 2;
+  const std::vector<Rows> parts = pieces(plan, kUnitRows, block);
+  const int64_t blocks = (kUnitRows + block - 1) / block;
+  const int64_t slots = std::min<int64_t>(kSlots, parts.size()), packs = std::min<int64_t>(kPacks, parts.size());
+  const int64_t of_operands = slots * sizes.operands(), of_weights = packs * (sizes.w1 + sizes.w2);
+  const Scratch<A> scratch(of_operands + of_weights + threads() * sizes.space);
+  A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
+  std::vector<double> sums(slots * blocks * (hidden + dim));
+  std::vector<Unit<A>> units;
+  for (size_t u = 0; u < parts.size(); ++u) {
+    const bool begins = u == 0 || parts[u - 1].expert != parts[u].expert;
+    const bool ends = u + 1 == parts.size() || parts[u + 1].expert != parts[u].expert;
+    const int64_t place = u == 0 ? 0 : units.back().place ^ static_cast<int64_t>(begins);
+    A* own = operands + u % kSlots * sizes.operands();
+    A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
+    units.push_back({parts[u], begins, ends, place, pack, pack + sizes.w1, own, own + sizes.dz,
+                     own + sizes.dz + sizes.dy, own + sizes.dz + sizes.dy + sizes.a,
+                     sums.data() + u % kSlots * blocks * (hidden + dim)});
+  }
 
-    const Tensor z = have_z && kWide ? rows_of(saved, first, rows) : rows_of(scratch_z, 0, rows);
-    if (!have_z) multiply(z, x_rows, transposed(weight1));
-    A* z_data = mutable_data<A>(z);
-    const S* stored = have_z ? data<S>(saved) + first * hidden : nullptr;
-    const S *bias1 = data<S>(b1) + e * hidden, *bias2 = data<S>(b2) + e * dim;
+  const int64_t num_units = units.size();
+  const auto blocks_of = [&](int64_t u) { return (units[u].rows.count + block - 1) / block; };
+  std::vector<Task> tasks;
+  std::vector<Progress> progress(num_units);
+  const auto add = [&](int64_t u, Task::Stage stage, int64_t count) {
+    if (u < 0 || u >= num_units) return;
+    progress[u].left[stage] = count;
+    for (int64_t i = 0; i < count; ++i) tasks.push_back({stage, u, i});
+  };
+  for (int64_t u = 0; u <= num_units; ++u) {
+    if (u == 0) add(0, Task::kPack, sizes.packs);
+    if (u < num_units) add(u, Task::kRows, blocks_of(u));
+    add(u + 1, Task::kPack, sizes.packs);
+    add(u - 1, Task::kWeights, sizes.weight_tasks);
+  }
 
-    multiply(dz_rows, dy_rows, weight2);
-    const A* dy = data<A>(dys);
-    A *dz_data = mutable_data<A>(dz), *active_data = mutable_data<A>(active);
-    RowSums sums(rows, hidden + dim);  // of dz, then of gate · dy
-    sums.for_chunks([&](int64_t begin, int64_t end, double* sum) {
-      std::vector<A> factors(dropout.active ? hidden : 0);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t a = plan.assignment[first + i];
-        A *row = z_data + i * hidden, *dz_row = dz_data + i * hidden;
-        const A* dy_row = dy + i * dim;
-        if (!have_z) {
-          for (int64_t c = 0; c < hidden; ++c) row[c] += static_cast<A>(bias1[c]);
-        } else if (!kWide) {
-          convert(stored + i * hidden, row, hidden);
+  std::atomic<size_t> next{0};
+  on_every_thread([&](int64_t thread) {
+    A* const own = memory + thread * sizes.space;
+    for (size_t i = next++; i < tasks.size(); i = next++) {
+      const Task& task = tasks[i];
+      const int64_t u = task.unit;
+      const Unit<A>& unit = units[u];
+      switch (task.stage) {
+        case Task::kPack:
+          if (u >= kPacks) progress[u - kPacks].wait(Task::kRows);
+          MOE_BY_ISA(pack_weights, call, unit, task.index);
+          break;
+        case Task::kRows: {
+          if (u >= kSlots) progress[u - kSlots].wait(Task::kWeights);
+          progress[u].wait(Task::kPack);
+          const int64_t first = task.index * block, count = std::min(block, unit.rows.count - first);
+          MOE_BY_ISA(backward_rows, call, unit, first, count, task.index, block, own);
+          break;
         }
-        const A* mask = dropout.mask(plan.token(first + i), e, plan.num_experts, factors);
-        A dot = activation_backward(activation, row, mask, gate[a], dz_row, active_data + i * hidden, hidden);
-        for (int64_t c = 0; c < dim; ++c) dot += dy_row[c] * static_cast<A>(bias2[c]);
-        gate_grad[a] = dot;
-        add_scaled(dz_row, A{1}, hidden, sum);
-        add_scaled(dy_row, gate[a], dim, sum + hidden);
+        case Task::kWeights:
+          progress[u].wait(Task::kRows);
+          if (u > 0) progress[u - 1].wait(Task::kWeights);
+          MOE_BY_ISA(weight_gradients, call, unit, blocks_of(u), task.index);
+          break;
       }
-    });
-    sums.store(0, hidden, again, mutable_data<A>(grad_b1.expert(e)));
-    sums.store(hidden, dim, again, mutable_data<A>(grad_b2.expert(e)));
-
-    accumulate_product<A>(grad_w2.expert(e), scratch_w2, transposed(dy_rows), active_rows, again);
-    accumulate_product<A>(grad_w1.expert(e), scratch_w1, transposed(dz_rows), x_rows, again);
-    multiply(rows_of(grad_rows, first, rows), dz_rows, weight1);
-    if (first + rows == plan.offset[e + 1]) {
-      for (const auto* parameter : {&grad_w1, &grad_b1, &grad_w2, &grad_b2}) parameter->store(e);
+      progress[u].left[task.stage].fetch_sub(1, std::memory_order_release);
     }
   });
 
   for (int64_t e = 0; e < plan.num_experts; ++e) {
     if (plan.offset[e] < plan.offset[e + 1]) continue;
-    for (const auto* parameter : {&grad_w1, &grad_b1, &grad_w2, &grad_b2}) parameter->clear(e);
+    for (const auto* gradient : {&grad_w1, &grad_b1, &grad_w2, &grad_b2}) gradient->clear(e);
   }
-
-  const A* from = data<A>(grad_rows);
-  S* to = mutable_data<S>(grad_x);
-  torch::stable::parallel_for(0, plan.tokens, grain(dim * plan.top_k), [&](int64_t begin, int64_t end) {
-    std::vector<A> sum(dim);
-    for (int64_t t = begin; t < end; ++t) {
-      std::fill(sum.begin(), sum.end(), A{0});
-      for (int64_t j = 0; j < plan.top_k; ++j) {
-        const int64_t row = plan.position[t * plan.top_k + j];
-        if (row >= plan.kept) continue;
-        for (int64_t c = 0; c < dim; ++c) sum[c] += from[row * dim + c];
-      }
-      convert(sum.data(), to + t * dim, dim);
-    }
-  });
-  return {grad_x, grad_w1.grad, grad_b1.grad, grad_w2.grad, grad_b2.grad, grad_gates};
+  if (plan.top_k == 1) {
+    clear_dropped(plan, dim, mutable_data<S>(grad_x));
+  } else {
+    combine_rows(plan, grad_rows.data(), dim, mutable_data<S>(grad_x));
+  }
+  return {grad_x, grad_w1.tensor, grad_b1.tensor, grad_w2.tensor, grad_b2.tensor, grad_gates};
 }
 
-std::tuple<Tensor, Tensor> expert_ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gates, Tensor order,
-                                      Tensor offsets, Tensor inverse, std::optional<Tensor> seed,
-                                      std::string activation, double dropout_p, bool save_preactivation) {
+template <class S>
+Ffn<S> make_ffn(const Plan& plan, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                const Tensor& b2, const Tensor& gates, const std::optional<Tensor>& seed,
+                const std::string& activation, double dropout_p) {
+  using A = accumulate_t<S>;
+  for (const Tensor* parameter : {&w1, &b1, &w2, &b2}) {
+    STD_TORCH_CHECK(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == scalar_type<A>,
+                    "weights: expected the dtype of x or float32, got ",
+                    torch::headeronly::toString(parameter->scalar_type()));
+  }
+  STD_TORCH_CHECK(gates.scalar_type() == scalar_type<A>, "gates: expected the dtype of the arithmetic, got ",
+                  torch::headeronly::toString(gates.scalar_type()));
+  return {plan,       Dropout(seed, dropout_p), activation_by_name(activation), x.size(1),        w1.size(1),
+          data<S>(x), Parameter<S>(w1),         Parameter<S>(b1),               Parameter<S>(w2), Parameter<S>(b2),
+          data<A>(gates)};
+}
+
+std::tuple<Tensor, Tensor> expert_ffn(Tensor x_in, Tensor w1_in, Tensor b1_in, Tensor w2_in, Tensor b2_in,
+                                      Tensor gates_in, Tensor order, Tensor offsets, Tensor inverse,
+                                      std::optional<Tensor> seed, std::string activation, double dropout_p,
+                                      bool save_preactivation) {
+  const Tensor x = dense(x_in), w1 = dense(w1_in), b1 = dense(b1_in), w2 = dense(w2_in), b2 = dense(b2_in);
+  const Tensor gates = dense(gates_in);
+  const Plan plan(order, offsets, inverse);
   return by_dtype("x", x.scalar_type(), [&](auto zero) {
-    return forward<decltype(zero)>(dense(x), dense(w1), dense(b1), dense(w2), dense(b2), dense(gates),
-                                   Plan(order, offsets, inverse), Dropout(seed, dropout_p),
-                                   activation_by_name(activation), save_preactivation);
+    using S = decltype(zero);
+    return forward<S>(make_ffn<S>(plan, x, w1, b1, w2, b2, gates, seed, activation, dropout_p), x, save_preactivation);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
-    Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gates, Tensor preactivation, Tensor order,
-    Tensor offsets, Tensor inverse, std::optional<Tensor> seed, std::string activation, double dropout_p) {
+    Tensor grad_in, Tensor x_in, Tensor w1_in, Tensor b1_in, Tensor w2_in, Tensor b2_in, Tensor gates_in,
+    Tensor preactivation, Tensor order, Tensor offsets, Tensor inverse, std::optional<Tensor> seed,
+    std::string activation, double dropout_p) {
+  const Tensor x = dense(x_in), w1 = dense(w1_in), b1 = dense(b1_in), w2 = dense(w2_in), b2 = dense(b2_in);
+  const Tensor gates = dense(gates_in), grad = dense(grad_in), saved = dense(preactivation);
+  const Plan plan(order, offsets, inverse);
   return by_dtype("x", x.scalar_type(), [&](auto zero) {
-    return backward<decltype(zero)>(dense(grad), dense(x), dense(w1), dense(b1), dense(w2), dense(b2), dense(gates),
-                                    dense(preactivation), Plan(order, offsets, inverse), Dropout(seed, dropout_p),
-                                    activation_by_name(activation));
+    using S = decltype(zero);
+    return backward<S>(make_ffn<S>(plan, x, w1, b1, w2, b2, gates, seed, activation, dropout_p), grad, x, w1, b1, w2,
+                       b2, gates, saved);
   });
 }
 

@@ -1,0 +1,173 @@
+// Products of blocks that lie in cache. Included once for each instruction set (for_each_isa.h), so there is no guard.
+//
+// A tile of C, kTileRows rows by a panel's width, stays in registers while k runs: C[i][j] = Σ_k a(i, k) b(k, j). The
+// elements of `a` are broadcast one by one, from rows that may lie anywhere or from a packed [k][kTileRows]; `b` is a
+// panel [k][width], whose rows are one to three vectors. With AVX-512 a tile of eight rows
+// by three vectors needs eleven loads for 24 multiply-adds, and leaves registers enough that compilers spill none.
+
+constexpr int kTileRows = MOE_VECTOR_BYTES / 8;
+constexpr int kPanelVectors = 3;
+// As many terms are summed in one chain; the chains' sums are then added. A longer chain would lose digits.
+constexpr int64_t kChain = 384;
+
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(MOE_VECTOR_BYTES)));
+  typedef A unaligned __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(alignof(A)), may_alias));
+};
+template <class A>
+constexpr int64_t kLanes = MOE_VECTOR_BYTES / sizeof(A);
+template <class A>
+constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The width of a panel of n ≤ kPanelWidth columns.
+template <class A>
+int64_t panel_width(int64_t n) {
+  return std::min(kPanelWidth<A>, round_up(n, kLanes<A>));
+}
+
+template <class A, int kVectors, bool kPacked>
+MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t depth, A* c, int64_t stride, bool accumulate) {
+  using V = typename Vector<A>::type;
+  using U = typename Vector<A>::unaligned;
+  constexpr int64_t lanes = kLanes<A>;
+  const A* ends[kTileRows];
+  const A* packed = rows[0];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) ends[i] = kPacked ? nullptr : rows[i] + depth;
+  V sum[kTileRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = V{};
+  }
+  for (int64_t k = -depth; k < 0; ++k) {
+    V b[kVectors];
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) {
+      b[j] = *reinterpret_cast<const U*>(panel + j * lanes);
+      __builtin_prefetch(panel + (4 * kVectors + j) * lanes);  // without it the second cache's latency shows
+    }
+    panel += kVectors * lanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const A a = kPacked ? packed[i] : ends[i][k];
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += a * b[j];
+    }
+    if (kPacked) packed += kTileRows;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) {
+      U* to = reinterpret_cast<U*>(c + i * stride + j * lanes);
+      *to = accumulate ? *to + sum[i][j] : sum[i][j];
+    }
+  }
+}
+
+// One tile, in chains: C[kTileRows][width] (+)= Σ_{k < depth} a(i, k) panel[k]. rows: kTileRows pointers, or the packed
+// operand behind the first.
+template <class A, bool kPacked>
+void multiply_tile(const A* const* rows, const A* panel, int64_t width, int64_t depth, A* c, int64_t stride,
+                   bool accumulate) {
+  const int64_t chains = std::max<int64_t>(1, (depth + kChain - 1) / kChain);
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    const int64_t begin = depth * chain / chains, count = depth * (chain + 1) / chains - begin;
+    const A* shifted[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) shifted[i] = kPacked ? rows[0] + begin * kTileRows : rows[i] + begin;
+    const A* from = panel + begin * width;
+    switch (width / kLanes<A>) {
+      case 1:
+        tile<A, 1, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+        break;
+      case 2:
+        tile<A, 2, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+        break;
+      default:
+        tile<A, 3, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+    }
+  }
+}
+
+// Pointers to kTileRows rows of `stride` elements, of which `count` are there; the others repeat the last.
+template <class A>
+void tile_rows(const A* first, int64_t stride, int64_t count, const A** rows) {
+  for (int64_t i = 0; i < kTileRows; ++i) rows[i] = first + std::min(i, count - 1) * stride;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MOE_SHUFFLES 1
+#endif
+#endif
+
+#ifdef MOE_SHUFFLES
+// The first halves of two vectors element by element in turn, or the second halves.
+template <bool kSecond, class V, size_t... i>
+MOE_INLINE V interleave(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i / 2 + i % 2 * n + (kSecond ? n / 2 : 0))...);
+}
+#endif
+
+// to(i)[j] = from(j)[i] for a square as wide as a vector; from and to give the addresses of rows.
+template <class A, class From, class To>
+MOE_INLINE void transpose_square(const From& from, const To& to) {
+  constexpr int n = kLanes<A>;
+#ifdef MOE_SHUFFLES
+  using V = typename Vector<A>::type;
+  using U = typename Vector<A>::unaligned;
+  V rows[n], next[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) rows[i] = *reinterpret_cast<const U*>(from(i));
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<false>(rows[i], rows[i + n / 2], std::make_index_sequence<n>());
+      next[2 * i + 1] = interleave<true>(rows[i], rows[i + n / 2], std::make_index_sequence<n>());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) *reinterpret_cast<U*>(to(i)) = rows[i];
+#else
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < n; ++j) to(i)[j] = from(j)[i];
+  }
+#endif
+}
+
+// to(i)[j] = round(from(j)[i]) for i < rows, j < columns; from and to give the addresses of rows, of dtypes that may
+// differ, and round takes A to the second.
+template <class A, class From, class To, class Round>
+MOE_INLINE void transpose(int64_t rows, int64_t columns, const From& from, const To& to, const Round& round) {
+  using F = std::remove_const_t<std::remove_pointer_t<decltype(from(0))>>;
+  using T = std::remove_pointer_t<decltype(to(0))>;
+  constexpr int64_t n = kLanes<A>;
+  for (int64_t i = 0; i < rows; i += n) {
+    for (int64_t j = 0; j < columns; j += n) {
+      if (i + n > rows || j + n > columns) {
+        for (int64_t k = i; k < std::min(rows, i + n); ++k) {
+          for (int64_t l = j; l < std::min(columns, j + n); ++l) to(k)[l] = round(static_cast<A>(from(l)[k]));
+        }
+      } else if constexpr (std::is_same_v<F, A> && std::is_same_v<T, A>) {
+        transpose_square<A>([&](int64_t l) MOE_INLINE_LAMBDA { return from(j + l) + i; },
+                            [&](int64_t k) MOE_INLINE_LAMBDA { return to(i + k) + j; });
+      } else {
+        A in[n][n], out[n][n];
+        for (int64_t l = 0; l < n; ++l) convert(from(j + l) + i, in[l], n);
+        transpose_square<A>([&](int64_t l) MOE_INLINE_LAMBDA { return in[l]; },
+                            [&](int64_t k) MOE_INLINE_LAMBDA { return out[k]; });
+        for (int64_t k = 0; k < n; ++k) {
+          for (int64_t l = 0; l < n; ++l) to(i + k)[j + l] = round(out[k][l]);
+        }
+      }
+    }
+  }
+}
