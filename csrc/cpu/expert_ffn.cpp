@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t kBlockRows = 144;
 // Rows of a unit, in which the backward goes from the gradient of the output to those of the weights.
 constexpr int64_t kUnitRows = 576;
+constexpr int64_t kFewRows = 96;
 
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
@@ -89,8 +90,8 @@ template <class S>
 std::tuple<Tensor, Tensor> forward(const Ffn<S>& ffn, const Tensor& x, bool save) {
   using A = accumulate_t<S>;
   const Plan& plan = ffn.plan;
-  const Tensor y = empty({plan.tokens, ffn.dim}, x.scalar_type());
-  const Tensor saved = take_tensor(save ? plan.assignments : 0, ffn.hidden, x.scalar_type());
+  const Tensor y = take_tensor({plan.tokens, ffn.dim}, x.scalar_type());
+  const Tensor saved = take_tensor({save ? plan.assignments : 0, ffn.hidden}, x.scalar_type());
   const Scratch<A> outputs(plan.top_k == 1 ? 0 : plan.assignments * ffn.dim);
   const int64_t block = block_rows(plan), size = MOE_BY_ISA(forward_space<A>, block, ffn.dim, ffn.hidden);
   const Scratch<A> memory(threads() * size);
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   const int64_t dim = ffn.dim, hidden = ffn.hidden;
   const Gradient<S> grad_w1(w1), grad_b1(b1), grad_w2(w2), grad_b2(b2);
   const Tensor grad_gates = torch::stable::new_zeros(gates, gates.sizes());
-  const Tensor grad_x = empty({plan.tokens, dim}, x.scalar_type());
+  const Tensor grad_x = take_tensor({plan.tokens, dim}, x.scalar_type());
   const Scratch<A> grad_rows(plan.top_k == 1 ? 0 : plan.assignments * dim);
   std::vector<double> bias_sums(2 * (hidden + dim));
   const bool have_z = saved.size(0) == plan.assignments;
@@ -169,6 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   const Scratch<A> scratch(of_operands + of_weights + threads() * sizes.space);
   A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
   std::vector<double> sums(slots * blocks * (hidden + dim));
+  // To pack weights does not pay for a few rows.
+  const bool readable = ffn.w1.wide && ffn.w2.wide && MOE_BY_ISA(whole_vectors<A>, dim) &&
+                        MOE_BY_ISA(whole_vectors<A>, hidden);
+  const auto in_place = [&](const Rows& rows) { return readable && rows.count <= kFewRows; };
   std::vector<Unit<A>> units;
   for (size_t u = 0; u < parts.size(); ++u) {
     const bool begins = u == 0 || parts[u - 1].expert != parts[u].expert;
@@ -176,13 +181,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
     const int64_t place = u == 0 ? 0 : units.back().place ^ static_cast<int64_t>(begins);
     A* own = operands + u % kSlots * sizes.operands();
     A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
-    units.push_back({parts[u], begins, ends, place, pack, pack + sizes.w1, own, own + sizes.dz,
-                     own + sizes.dz + sizes.dy, own + sizes.dz + sizes.dy + sizes.a,
-                     sums.data() + u % kSlots * blocks * (hidden + dim)});
+    Unit<A> unit{parts[u], begins, ends, place, {pack, 0}, {pack + sizes.w1, 0}, pack, pack + sizes.w1, own,
+                 own + sizes.dz, own + sizes.dz + sizes.dy, own + sizes.dz + sizes.dy + sizes.a,
+                 sums.data() + u % kSlots * blocks * (hidden + dim)};
+    if (in_place(parts[u])) {
+      const int64_t at = parts[u].expert * dim * hidden;
+      unit.w1 = {static_cast<const A*>(ffn.w1.data) + at, dim};
+      unit.w2 = {static_cast<const A*>(ffn.w2.data) + at, hidden};
+    }
+    units.push_back(unit);
   }
 
   const int64_t num_units = units.size();
   const auto blocks_of = [&](int64_t u) { return (units[u].rows.count + block - 1) / block; };
+  const auto packs_of = [&](int64_t u) { return u < num_units && in_place(parts[u]) ? 0 : sizes.packs; };
   std::vector<Task> tasks;
   std::vector<Progress> progress(num_units);
   const auto add = [&](int64_t u, Task::Stage stage, int64_t count) {
@@ -191,9 +203,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
     for (int64_t i = 0; i < count; ++i) tasks.push_back({stage, u, i});
   };
   for (int64_t u = 0; u <= num_units; ++u) {
-    if (u == 0) add(0, Task::kPack, sizes.packs);
+    if (u == 0) add(0, Task::kPack, packs_of(0));
     if (u < num_units) add(u, Task::kRows, blocks_of(u));
-    add(u + 1, Task::kPack, sizes.packs);
+    add(u + 1, Task::kPack, packs_of(u + 1));
     add(u - 1, Task::kWeights, sizes.weight_tasks);
   }
 

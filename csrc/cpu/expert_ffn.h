@@ -7,6 +7,7 @@
 #include "../common/philox.h"
 #include "activation.h"
 #include "common.h"
+#include "memory.h"
 
 namespace moe_kernels {
 
@@ -108,7 +109,7 @@ struct Gradient {
   using A = accumulate_t<S>;
 
   explicit Gradient(const Tensor& parameter)
-      : tensor(torch::stable::empty_like(parameter)),
+      : tensor(take_tensor({parameter.sizes().begin(), parameter.sizes().end()}, parameter.scalar_type())),
         wide(tensor.scalar_type() == scalar_type<A>),
         size(parameter.size(0) > 0 ? parameter.numel() / parameter.size(0) : 0),
         scratch(empty({wide ? 0 : 2, size}, scalar_type<A>)) {}
@@ -133,13 +134,21 @@ struct Gradient {
   Tensor scratch;
 };
 
+// A weight of one expert as the backward's products read it: packed in panels, or (stride > 0) as it stands.
+template <class A>
+struct UnitWeights {
+  const A* data;
+  int64_t stride;
+};
+
 // Rows that the backward takes through all its products together, and what they leave for the weights' gradients.
 template <class A>
 struct Unit {
   Rows rows;
   bool begins, ends;  // its expert
   int64_t place;      // of its expert's sums
-  A *w1, *w2;         // panels [hidden][width] of w1, [dim][width] of w2
+  UnitWeights<A> w1, w2;
+  A *packed_w1, *packed_w2;  // panels [hidden][width] of w1, [dim][width] of w2
   A *dz, *dy;         // packed: [hidden / kTileRows][rows][kTileRows], [dim / kTileRows][rows][kTileRows]
   A *a, *x;           // panels [rows][width] over hidden and over dim
   double* sums;       // of dz and of gate · dy, a row of hidden + dim for each block of rows

@@ -15,12 +15,14 @@ namespace {
 struct Block {
   void* memory;
   size_t bytes;
+  int64_t last_use;  // counted in requests
 };
 
 class Pool {
  public:
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    ++requests_;
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block) {
       const bool fits = bytes <= block->bytes && block->bytes / 2 <= bytes;
@@ -33,24 +35,18 @@ class Pool {
       if (taken.memory == nullptr) throw std::bad_alloc();
     } else {
       taken = *best;
-      free_bytes_ -= taken.bytes;
       free_.erase(best);
     }
     used_[taken.memory] = taken.bytes;
-    used_bytes_ += taken.bytes;
-    most_used_ = std::max(most_used_, used_bytes_);
     return taken;
   }
 
   void give(void* memory) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = used_.find(memory);
-    free_.push_back({memory, found->second});
-    free_bytes_ += found->second;
-    used_bytes_ -= found->second;
+    free_.push_back({memory, found->second, requests_});
     used_.erase(found);
-    while (used_bytes_ + free_bytes_ > most_used_) {
-      free_bytes_ -= free_.front().bytes;
+    while (free_.front().last_use + kPatience < requests_) {
       std::free(free_.front().memory);
       free_.pop_front();
     }
@@ -58,10 +54,11 @@ class Pool {
 
  private:
   static constexpr size_t kAlignment = 64;
+  static constexpr int64_t kPatience = 64;
   std::mutex mutex_;
   std::deque<Block> free_;  // the longest unused first
   std::unordered_map<void*, size_t> used_;
-  size_t free_bytes_ = 0, used_bytes_ = 0, most_used_ = 0;
+  int64_t requests_ = 0;
 };
 
 // Never destroyed: tensors may outlive everything static.
@@ -74,6 +71,8 @@ bool poisoned() {
   static const bool value = std::getenv("MOE_KERNELS_POISON") != nullptr;
   return value;
 }
+
+constexpr size_t kLarge = 1 << 20;  // bytes from which the system maps pages of their own
 
 // torch_from_blob with a deleter, which torch has since 2.11; this library is built for 2.10.
 using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
@@ -94,16 +93,19 @@ void* take_memory(size_t bytes) {
 
 void give_memory(void* memory) { pool().give(memory); }
 
-Tensor take_tensor(int64_t rows, int64_t columns, ScalarType dtype) {
-  const int64_t sizes[2]{rows, columns}, strides[2]{std::max<int64_t>(columns, 1), 1};
-  if (from_blob() == nullptr || rows * columns == 0) return empty({rows, columns}, dtype);
-  const size_t element = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  void* memory = take_memory(static_cast<size_t>(rows) * columns * element);
+Tensor take_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (i + 1 < sizes.size()) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+    bytes *= sizes[i];
+  }
+  if (from_blob() == nullptr || bytes < kLarge) return torch::stable::empty({sizes.data(), sizes.size()}, dtype);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(from_blob()(
-      memory, 2, sizes, strides, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void*) { give_memory(data); }, nullptr));
+      take_memory(bytes), sizes.size(), sizes.data(), strides.data(), 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { give_memory(memory); }, nullptr));
   return Tensor(handle);
 }
 

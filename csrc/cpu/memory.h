@@ -10,7 +10,7 @@
 
 namespace moe_kernels {
 
-// At least `bytes`, aligned to 64, and back. Never more is kept than was once in use at the same time. With
+// At least `bytes`, aligned to 64, and back. What the last 64 requests had no use for goes back to the system. With
 // MOE_KERNELS_POISON=1 in the environment everything taken holds NaN (tests).
 void* take_memory(size_t bytes);
 void give_memory(void* memory);
@@ -30,8 +30,8 @@ class Scratch {
   T* data_;
 };
 
-// A tensor (rows, columns) whose memory is taken so and given back when it dies; from torch's allocator where torch is
-// older than 2.11 and knows no such tensors.
-Tensor take_tensor(int64_t rows, int64_t columns, ScalarType dtype);
+// A tensor whose memory, where it is large, is taken so and given back when it dies. torch before 2.11 knows no such
+// tensors: there it is torch's own.
+Tensor take_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 }  // namespace moe_kernels

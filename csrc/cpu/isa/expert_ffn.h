@@ -110,7 +110,7 @@ MOE_INLINE void first_product(const Ffn<S>& ffn, const Rows& rows, int64_t begin
       for (int64_t i = 0; i < features; i += kTileRows) {
         const A* w[kTileRows];
         weight_rows(ffn.w1, rows.expert * ffn.hidden + f + i, features - i, ffn.dim, 0, ffn.dim, weights, w);
-        multiply_tile<A, false>(w, x + first * ffn.dim, width, ffn.dim, z + i * width, width, false);
+        multiply_tile<A, false>(w, Panel<A>{x + first * ffn.dim, width, width}, ffn.dim, z + i * width, width, false);
       }
       A bias[kGroup];
       ffn.b1.load(rows.expert * ffn.hidden + f, features, bias);
@@ -176,8 +176,8 @@ void forward_rows(const Ffn<S>& ffn, const Rows& rows, int64_t block, accumulate
       const A* w[kTileRows];
       weight_rows(ffn.w2, rows.expert * ffn.dim + c, ffn.dim - c, ffn.hidden, begin, block, weights, w);
       for_panels<A>(rows.count, [&](int64_t first, int64_t, int64_t width) MOE_INLINE_LAMBDA {
-        multiply_tile<A, false>(w, hidden + first * block, width, block, sums + first * padded_dim + c * width, width,
-                                begin > 0);
+        multiply_tile<A, false>(w, Panel<A>{hidden + first * block, width, width}, block,
+                                sums + first * padded_dim + c * width, width, begin > 0);
       });
     }
   }
@@ -212,6 +212,13 @@ void pack_panel(const Parameter<S>& matrix, int64_t at, int64_t rows, int64_t st
   }
 }
 
+// Columns from `column` on of a unit's weights (rows, …), from row `row` on.
+template <class A>
+MOE_INLINE Panel<A> panel_of(const UnitWeights<A>& weights, int64_t rows, int64_t column, int64_t row, int64_t width) {
+  if (weights.stride > 0) return {weights.data + row * weights.stride + column, width, weights.stride};
+  return {weights.data + column * rows + row * width, width, width};
+}
+
 // One of the panels of a unit's weights: first those of w2, then those of w1.
 template <class S>
 void pack_weights(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t index) {
@@ -224,9 +231,9 @@ void pack_weights(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, in
                to + first * rows);
   };
   if (index < of_w2) {
-    pack(call.ffn.w2, index, dim, hidden, unit.w2);
+    pack(call.ffn.w2, index, dim, hidden, unit.packed_w2);
   } else {
-    pack(call.ffn.w1, index - of_w2, hidden, dim, unit.w1);
+    pack(call.ffn.w1, index - of_w2, hidden, dim, unit.packed_w1);
   }
 }
 
@@ -352,7 +359,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
           const S* next = call.saved + (rows.first + i + r) * hidden + f;
           for (int64_t c = 0; c < valid; c += 64 / sizeof(S)) __builtin_prefetch(next + c);
         }
-        multiply_tile<A, false>(from, unit.w2 + f * dim, width, dim, tile, width, false);
+        multiply_tile<A, false>(from, panel_of(unit.w2, dim, f, 0, width), dim, tile, width, false);
         for (int64_t r = 0; r < tall; ++r) {
           const int64_t row = rows.first + i + r;
           if (call.saved != nullptr) {
@@ -390,7 +397,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
         const A* from[kTileRows];
         tile_rows(static_cast<const A*>(dz + i * space.hidden_block), space.hidden_block,
                   std::min<int64_t>(kTileRows, count - i), from);
-        multiply_tile<A, false>(from, unit.w1 + c * hidden + begin * width, width, end - begin, dx + i * dx_stride + c,
+        multiply_tile<A, false>(from, panel_of(unit.w1, hidden, c, begin, width), end - begin, dx + i * dx_stride + c,
                                 dx_stride, begin > 0);
       }
     });
@@ -422,10 +429,10 @@ void multiply_rows(const A* packed, const A* panels, int64_t rows, int64_t top, 
       const int64_t width = panel_width<A>(count);
       A* to = out + r * columns + c;
       if (tall == kTileRows && count == width) {
-        multiply_tile<A, true>(&operand, panels + c * rows, width, rows, to, columns, accumulate);
+        multiply_tile<A, true>(&operand, Panel<A>{panels + c * rows, width, width}, rows, to, columns, accumulate);
         continue;
       }
-      multiply_tile<A, true>(&operand, panels + c * rows, width, rows, spare, width, false);
+      multiply_tile<A, true>(&operand, Panel<A>{panels + c * rows, width, width}, rows, spare, width, false);
       for (int64_t i = 0; i < tall; ++i) {
         for (int64_t j = 0; j < count; ++j) {
           to[i * columns + j] = spare[i * width + j] + (accumulate ? to[i * columns + j] : A(0));
@@ -481,6 +488,12 @@ struct WeightTasks {
 template <class S>
 void weight_gradients(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t blocks, int64_t index) {
   WeightTasks<S>(call.ffn.dim, call.ffn.hidden).run(call, unit, blocks, index);
+}
+
+// Whether a matrix of so many columns can be read as it stands.
+template <class A>
+bool whole_vectors(int64_t columns) {
+  return columns % kLanes<A> == 0;
 }
 
 template <class A>

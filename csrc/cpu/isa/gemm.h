@@ -29,7 +29,8 @@ int64_t panel_width(int64_t n) {
 }
 
 template <class A, int kVectors, bool kPacked>
-MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t depth, A* c, int64_t stride, bool accumulate) {
+MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t panel_stride, int64_t depth, A* c, int64_t stride,
+                     bool accumulate) {
   using V = typename Vector<A>::type;
   using U = typename Vector<A>::unaligned;
   constexpr int64_t lanes = kLanes<A>;
@@ -48,9 +49,9 @@ MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t depth, A* c, 
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j) {
       b[j] = *reinterpret_cast<const U*>(panel + j * lanes);
-      __builtin_prefetch(panel + (4 * kVectors + j) * lanes);  // without it the second cache's latency shows
+      __builtin_prefetch(panel + 4 * panel_stride + j * lanes);  // without it the second cache's latency shows
     }
-    panel += kVectors * lanes;
+    panel += panel_stride;
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       const A a = kPacked ? packed[i] : ends[i][k];
@@ -69,26 +70,34 @@ MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t depth, A* c, 
   }
 }
 
+// Columns side by side: row k at data + k · stride. A packed panel's stride is its width; a matrix's own columns will do
+// where there are as many as the width.
+template <class A>
+struct Panel {
+  const A* data;
+  int64_t width, stride;
+};
+
 // One tile, in chains: C[kTileRows][width] (+)= Σ_{k < depth} a(i, k) panel[k]. rows: kTileRows pointers, or the packed
 // operand behind the first.
 template <class A, bool kPacked>
-void multiply_tile(const A* const* rows, const A* panel, int64_t width, int64_t depth, A* c, int64_t stride,
-                   bool accumulate) {
+void multiply_tile(const A* const* rows, const Panel<A>& panel, int64_t depth, A* c, int64_t stride, bool accumulate) {
   const int64_t chains = std::max<int64_t>(1, (depth + kChain - 1) / kChain);
   for (int64_t chain = 0; chain < chains; ++chain) {
     const int64_t begin = depth * chain / chains, count = depth * (chain + 1) / chains - begin;
     const A* shifted[kTileRows];
     for (int i = 0; i < kTileRows; ++i) shifted[i] = kPacked ? rows[0] + begin * kTileRows : rows[i] + begin;
-    const A* from = panel + begin * width;
-    switch (width / kLanes<A>) {
+    const A* from = panel.data + begin * panel.stride;
+    const bool add = accumulate || chain > 0;
+    switch (panel.width / kLanes<A>) {
       case 1:
-        tile<A, 1, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+        tile<A, 1, kPacked>(shifted, from, panel.stride, count, c, stride, add);
         break;
       case 2:
-        tile<A, 2, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+        tile<A, 2, kPacked>(shifted, from, panel.stride, count, c, stride, add);
         break;
       default:
-        tile<A, 3, kPacked>(shifted, from, count, c, stride, accumulate || chain > 0);
+        tile<A, 3, kPacked>(shifted, from, panel.stride, count, c, stride, add);
     }
   }
 }
