@@ -1,4 +1,4 @@
-// What the C++ kernels share: stable-ABI tensors as typed matrices, products, dtypes, run-time ISA.
+// What the C++ kernels share: stable-ABI tensors as typed arrays, dtypes, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,12 +15,6 @@
 #include <type_traits>
 #include <vector>
 
-// Functions marked so are compiled for each instruction set and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__)
-#define MOE_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MOE_MULTIVERSION
-#endif
 #define MOE_INLINE inline __attribute__((always_inline))
 #define MOE_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -55,20 +49,6 @@ T* mutable_data(const Tensor& tensor) {
 
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
-inline Tensor rows_of(Tensor matrix, int64_t first, int64_t count) {
-  return torch::stable::narrow(matrix, 0, first, count);
-}
-
-// out = a b, by the BLAS library behind torch.
-inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
 // Whether (order, offsets, inverse) is what dispatch gives: two permutations, each the inverse of the other, and
@@ -116,6 +96,13 @@ MOE_INLINE S saturated(A value) {
   return static_cast<S>(value);
 }
 
+// A matrix whose columns a product reads in vectors: as it stands (stride > 0), or packed in panels side by side.
+template <class A>
+struct Columns {
+  const A* data;
+  int64_t rows, stride;
+};
+
 template <class From, class To>
 MOE_INLINE void convert(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
@@ -123,5 +110,24 @@ MOE_INLINE void convert(const From* from, To* to, int64_t n) {
 
 // Rows a thread takes at least, so that small work stays on one thread.
 inline int64_t grain(int64_t work_per_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work_per_row)); }
+
+inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Calls f(thread) for every thread below threads(), at once as far as there are any. Inside, threads() is another number.
+template <class F>
+void on_every_thread(const F& f) {
+  torch::stable::parallel_for(0, threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(thread);
+  });
+}
+
+// Calls f(thread, i) for every i < n, each thread's in rising order.
+template <class F>
+void share(int64_t n, const F& f) {
+  const int64_t step = threads();
+  on_every_thread([&](int64_t thread) {
+    for (int64_t i = thread; i < n; i += step) f(thread, i);
+  });
+}
 
 }  // namespace moe_kernels

@@ -31,16 +31,6 @@ constexpr int64_t kBlockRows = 144;
 constexpr int64_t kUnitRows = 576;
 constexpr int64_t kFewRows = 96;
 
-int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
-
-// Calls f(thread) for every thread, at once as far as there are any.
-template <class F>
-void on_every_thread(const F& f) {
-  torch::stable::parallel_for(0, threads(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) f(thread);
-  });
-}
-
 // Every expert's rows in pieces of nearly the same size, none larger than `size`, whole panels if possible.
 std::vector<Rows> pieces(const Plan& plan, int64_t size, int64_t multiple) {
   std::vector<Rows> all;
@@ -181,13 +171,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
     const int64_t place = u == 0 ? 0 : units.back().place ^ static_cast<int64_t>(begins);
     A* own = operands + u % kSlots * sizes.operands();
     A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
-    Unit<A> unit{parts[u], begins, ends, place, {pack, 0}, {pack + sizes.w1, 0}, pack, pack + sizes.w1, own,
+    Unit<A> unit{parts[u], begins, ends, place, {pack, hidden, 0}, {pack + sizes.w1, dim, 0}, pack, pack + sizes.w1, own,
                  own + sizes.dz, own + sizes.dz + sizes.dy, own + sizes.dz + sizes.dy + sizes.a,
                  sums.data() + u % kSlots * blocks * (hidden + dim)};
     if (in_place(parts[u])) {
       const int64_t at = parts[u].expert * dim * hidden;
-      unit.w1 = {static_cast<const A*>(ffn.w1.data) + at, dim};
-      unit.w2 = {static_cast<const A*>(ffn.w2.data) + at, hidden};
+      unit.w1 = {static_cast<const A*>(ffn.w1.data) + at, hidden, dim};
+      unit.w2 = {static_cast<const A*>(ffn.w2.data) + at, dim, hidden};
     }
     units.push_back(unit);
   }

@@ -134,20 +134,13 @@ struct Gradient {
   Tensor scratch;
 };
 
-// A weight of one expert as the backward's products read it: packed in panels, or (stride > 0) as it stands.
-template <class A>
-struct UnitWeights {
-  const A* data;
-  int64_t stride;
-};
-
 // Rows that the backward takes through all its products together, and what they leave for the weights' gradients.
 template <class A>
 struct Unit {
   Rows rows;
   bool begins, ends;  // its expert
   int64_t place;      // of its expert's sums
-  UnitWeights<A> w1, w2;
+  Columns<A> w1, w2;  // as the products read them
   A *packed_w1, *packed_w2;  // panels [hidden][width] of w1, [dim][width] of w2
   A *dz, *dy;         // packed: [hidden / kTileRows][rows][kTileRows], [dim / kTileRows][rows][kTileRows]
   A *a, *x;           // panels [rows][width] over hidden and over dim

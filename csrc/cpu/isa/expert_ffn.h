@@ -71,15 +71,6 @@ struct Space {
   int64_t panel_columns, hidden_block, x, y, h, group, weights;
 };
 
-// f(first column, valid columns, width, offset of the panel) for the panels of `rows` columns.
-template <class A, class F>
-MOE_INLINE void for_panels(int64_t rows, const F& f) {
-  for (int64_t first = 0; first < rows; first += kPanelWidth<A>) {
-    const int64_t count = std::min(kPanelWidth<A>, rows - first);
-    f(first, count, panel_width<A>(count));
-  }
-}
-
 // Tokens side by side: panels [dim][width], the columns that are not there zero.
 template <class S>
 void pack_tokens(const Ffn<S>& ffn, const Rows& rows, accumulate_t<S>* x) {
@@ -212,13 +203,6 @@ void pack_panel(const Parameter<S>& matrix, int64_t at, int64_t rows, int64_t st
   }
 }
 
-// Columns from `column` on of a unit's weights (rows, …), from row `row` on.
-template <class A>
-MOE_INLINE Panel<A> panel_of(const UnitWeights<A>& weights, int64_t rows, int64_t column, int64_t row, int64_t width) {
-  if (weights.stride > 0) return {weights.data + row * weights.stride + column, width, weights.stride};
-  return {weights.data + column * rows + row * width, width, width};
-}
-
 // One of the panels of a unit's weights: first those of w2, then those of w1.
 template <class S>
 void pack_weights(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t index) {
@@ -235,16 +219,6 @@ void pack_weights(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, in
   } else {
     pack(call.ffn.w1, index - of_w2, hidden, dim, unit.packed_w1);
   }
-}
-
-// A row of `count` elements into a packed operand [count / kTileRows][rows][kTileRows], as row `at`.
-template <class A>
-MOE_INLINE void scatter_packed(const A* row, int64_t count, int64_t rows, int64_t at, A* packed) {
-  const int64_t whole = count / kTileRows * kTileRows;
-  for (int64_t c = 0; c < whole; c += kTileRows) {
-    std::memcpy(packed + (c * rows + at * kTileRows), row + c, sizeof(A) * kTileRows);
-  }
-  for (int64_t c = whole; c < count; ++c) packed[whole * rows + at * kTileRows + c - whole] = row[c];
 }
 
 // What the backward of a block of rows works in. Sizes in elements.
@@ -359,7 +333,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
           const S* next = call.saved + (rows.first + i + r) * hidden + f;
           for (int64_t c = 0; c < valid; c += 64 / sizeof(S)) __builtin_prefetch(next + c);
         }
-        multiply_tile<A, false>(from, panel_of(unit.w2, dim, f, 0, width), dim, tile, width, false);
+        multiply_tile<A, false>(from, panel_of(unit.w2, f, 0, width), dim, tile, width, false);
         for (int64_t r = 0; r < tall; ++r) {
           const int64_t row = rows.first + i + r;
           if (call.saved != nullptr) {
@@ -397,7 +371,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
         const A* from[kTileRows];
         tile_rows(static_cast<const A*>(dz + i * space.hidden_block), space.hidden_block,
                   std::min<int64_t>(kTileRows, count - i), from);
-        multiply_tile<A, false>(from, panel_of(unit.w1, hidden, c, begin, width), end - begin, dx + i * dx_stride + c,
+        multiply_tile<A, false>(from, panel_of(unit.w1, c, begin, width), end - begin, dx + i * dx_stride + c,
                                 dx_stride, begin > 0);
       }
     });
@@ -412,32 +386,6 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
       convert(dx + i * dx_stride, call.grad_x + assignment * dim, dim);
     } else {
       std::copy_n(dx + i * dx_stride, dim, call.grad_rows + row * dim);
-    }
-  }
-}
-
-// Rows [top, bottom) and columns [left, right) of out (+)= packedᵀ panels over a unit's rows; `left` begins a panel, `top`
-// a tile.
-template <class A>
-void multiply_rows(const A* packed, const A* panels, int64_t rows, int64_t top, int64_t bottom, int64_t left,
-                   int64_t right, int64_t columns, A* out, bool accumulate) {
-  A spare[kTileRows * kPanelWidth<A>];
-  for (int64_t r = top; r < bottom; r += kTileRows) {
-    const A* operand = packed + r * rows;
-    for (int64_t c = left; c < right; c += kPanelWidth<A>) {
-      const int64_t tall = std::min<int64_t>(kTileRows, bottom - r), count = std::min(kPanelWidth<A>, right - c);
-      const int64_t width = panel_width<A>(count);
-      A* to = out + r * columns + c;
-      if (tall == kTileRows && count == width) {
-        multiply_tile<A, true>(&operand, Panel<A>{panels + c * rows, width, width}, rows, to, columns, accumulate);
-        continue;
-      }
-      multiply_tile<A, true>(&operand, Panel<A>{panels + c * rows, width, width}, rows, spare, width, false);
-      for (int64_t i = 0; i < tall; ++i) {
-        for (int64_t j = 0; j < count; ++j) {
-          to[i * columns + j] = spare[i * width + j] + (accumulate ? to[i * columns + j] : A(0));
-        }
-      }
     }
   }
 }
@@ -476,8 +424,9 @@ struct WeightTasks {
     const int64_t top = task / across * kRegionRows, bottom = std::min(height, top + kRegionRows);
     const int64_t left = task % across * kColumns, right = std::min(columns, left + kColumns);
     const Gradient<S>& gradient = first ? call.w1 : call.w2;
-    multiply_rows(first ? unit.dz : unit.dy, first ? unit.x : unit.a, unit.rows.count, top, bottom, left, right,
-                  columns, gradient.sums(expert, place), !unit.begins);
+    const int64_t rows = unit.rows.count;
+    multiply_transposed(first ? unit.dz : unit.dy, rows, Columns<A>{first ? unit.x : unit.a, rows, 0}, 0, rows, top,
+                        bottom, left, right, gradient.sums(expert, place), columns, !unit.begins);
     if (!unit.ends) return;
     for (int64_t r = top; r < bottom; ++r) gradient.store(expert, place, r * columns + left, right - left);
   }
@@ -488,12 +437,6 @@ struct WeightTasks {
 template <class S>
 void weight_gradients(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t blocks, int64_t index) {
   WeightTasks<S>(call.ffn.dim, call.ffn.hidden).run(call, unit, blocks, index);
-}
-
-// Whether a matrix of so many columns can be read as it stands.
-template <class A>
-bool whole_vectors(int64_t columns) {
-  return columns % kLanes<A> == 0;
 }
 
 template <class A>

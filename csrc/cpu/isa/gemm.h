@@ -102,10 +102,74 @@ void multiply_tile(const A* const* rows, const Panel<A>& panel, int64_t depth, A
   }
 }
 
+// The part of a tile that is there: `tall` rows by `count` columns of C.
+template <class A, bool kPacked>
+void multiply_part(const A* const* rows, const Panel<A>& panel, int64_t depth, int64_t tall, int64_t count, A* c,
+                   int64_t stride, bool accumulate) {
+  if (tall == kTileRows && count == panel.width) {
+    multiply_tile<A, kPacked>(rows, panel, depth, c, stride, accumulate);
+    return;
+  }
+  A spare[kTileRows * kPanelWidth<A>];
+  multiply_tile<A, kPacked>(rows, panel, depth, spare, panel.width, false);
+  for (int64_t i = 0; i < tall; ++i) {
+    for (int64_t j = 0; j < count; ++j) {
+      c[i * stride + j] = spare[i * panel.width + j] + (accumulate ? c[i * stride + j] : A(0));
+    }
+  }
+}
+
 // Pointers to kTileRows rows of `stride` elements, of which `count` are there; the others repeat the last.
 template <class A>
 void tile_rows(const A* first, int64_t stride, int64_t count, const A** rows) {
   for (int64_t i = 0; i < kTileRows; ++i) rows[i] = first + std::min(i, count - 1) * stride;
+}
+
+// f(first column, valid columns, width) for the panels of so many columns.
+template <class A, class F>
+MOE_INLINE void for_panels(int64_t columns, const F& f) {
+  for (int64_t first = 0; first < columns; first += kPanelWidth<A>) {
+    const int64_t count = std::min(kPanelWidth<A>, columns - first);
+    f(first, count, panel_width<A>(count));
+  }
+}
+
+// Whether a matrix of so many columns can be read as it stands, without a vector that reaches over its edge.
+template <class A>
+bool whole_vectors(int64_t columns) {
+  return columns % kLanes<A> == 0;
+}
+
+// Columns from `column` on of a matrix, from row `row` on.
+template <class A>
+MOE_INLINE Panel<A> panel_of(const Columns<A>& matrix, int64_t column, int64_t row, int64_t width) {
+  if (matrix.stride > 0) return {matrix.data + row * matrix.stride + column, width, matrix.stride};
+  return {matrix.data + column * matrix.rows + row * width, width, width};
+}
+
+// A row of `count` elements into a packed operand [count / kTileRows][rows][kTileRows], as row `at`.
+template <class A>
+MOE_INLINE void scatter_packed(const A* row, int64_t count, int64_t rows, int64_t at, A* packed) {
+  const int64_t whole = count / kTileRows * kTileRows;
+  for (int64_t c = 0; c < whole; c += kTileRows) {
+    std::memcpy(packed + (c * rows + at * kTileRows), row + c, sizeof(A) * kTileRows);
+  }
+  for (int64_t c = whole; c < count; ++c) packed[whole * rows + at * kTileRows + c - whole] = row[c];
+}
+
+// Rows [top, bottom) and columns [left, right) of out (+)= packedᵀ b over the rows [begin, end) of both; `left` begins a
+// panel, `top` a tile. packed: [columns / kTileRows][rows][kTileRows].
+template <class A>
+void multiply_transposed(const A* packed, int64_t rows, const Columns<A>& b, int64_t begin, int64_t end, int64_t top,
+                         int64_t bottom, int64_t left, int64_t right, A* out, int64_t stride, bool accumulate) {
+  for (int64_t r = top; r < bottom; r += kTileRows) {
+    const A* operand = packed + r * rows + begin * kTileRows;
+    for_panels<A>(right - left, [&](int64_t c, int64_t count, int64_t width) MOE_INLINE_LAMBDA {
+      multiply_part<A, true>(&operand, panel_of(b, left + c, begin, width), end - begin,
+                             std::min<int64_t>(kTileRows, bottom - r), count, out + r * stride + left + c, stride,
+                             accumulate);
+    });
+  }
 }
 
 #if defined(__has_builtin)
