@@ -38,24 +38,13 @@ struct Rows {
   int64_t expert, first, count;
 };
 
+// The factors of hidden features, 0 or 1 / (1 - p), from the words of Philox: a word for each feature, four to a counter.
 struct Dropout {
   Dropout(const std::optional<Tensor>& seed, double p)
       : active(seed.has_value()),
         seed(active ? *data<int64_t>(*seed) : 0),
         p(static_cast<float>(p)),
         scale(1.0 / (1.0 - p)) {}
-
-  // The factors, 0 or 1 / (1 - p), of `count` features from `first` on.
-  template <class A>
-  MOE_INLINE void factors(int64_t token, int64_t expert, int64_t num_experts, int64_t hidden, int64_t first,
-                          int64_t count, A* to, int64_t stride) const {
-    const uint64_t row = static_cast<uint64_t>(token * num_experts + expert) * ((hidden + 3) / 4);
-    Words words{};
-    for (int64_t c = first; c < first + count; ++c) {
-      if (c == first || c % 4 == 0) words = philox(seed, row + c / 4);
-      to[(c - first) * stride] = uniform(words.word[c % 4]) >= p ? A(scale) : A(0);
-    }
-  }
 
   bool active;
   uint64_t seed;

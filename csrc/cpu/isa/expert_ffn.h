@@ -28,6 +28,69 @@ MOE_INLINE auto by_activation(Activation kind, const Call& call) {
   }
 }
 
+// Philox (common/philox.h) of n counters at once; words[w][i] is word w of counter i.
+constexpr int64_t kCounters = 128;
+inline void philox_words(uint64_t seed, const uint64_t* counters, int64_t n, uint32_t (*words)[kCounters]) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Words four = philox(seed, counters[i]);
+    words[0][i] = four.word[0], words[1][i] = four.word[1], words[2][i] = four.word[2], words[3][i] = four.word[3];
+  }
+}
+
+// The first counter of a row of hidden features.
+template <class S>
+MOE_INLINE uint64_t first_counter(const Ffn<S>& ffn, int64_t row, int64_t expert) {
+  return static_cast<uint64_t>(ffn.plan.token(row) * ffn.plan.num_experts + expert) * ((ffn.hidden + 3) / 4);
+}
+
+template <class S>
+MOE_INLINE accumulate_t<S> factor_of(const Ffn<S>& ffn, uint32_t word) {
+  using A = accumulate_t<S>;
+  return uniform(word) >= ffn.dropout.p ? A(ffn.dropout.scale) : A(0);
+}
+
+// The dropout factors of `features` features from `first`, a multiple of four, on and of `count` rows:
+// factors[feature][width].
+template <class S>
+void factors_by_feature(const Ffn<S>& ffn, int64_t row, int64_t expert, int64_t first, int64_t features, int64_t count,
+                        int64_t width, accumulate_t<S>* factors) {
+  uint64_t counters[kCounters];
+  uint32_t words[4][kCounters];
+  for (int64_t f = 0; f < features; f += 4) {
+    for (int64_t t = 0; t < count; ++t) counters[t] = first_counter(ffn, row + t, expert) + (first + f) / 4;
+    philox_words(ffn.dropout.seed, counters, count, words);
+    for (int64_t i = 0; i < std::min<int64_t>(4, features - f); ++i) {
+      for (int64_t t = 0; t < count; ++t) {
+        factors[(f + i) * width + t] = factor_of(ffn, words[i][t]);
+      }
+    }
+  }
+}
+
+// The same of `rows` rows and of `count` features from any on: factors[row][width].
+template <class S>
+void factors_by_row(const Ffn<S>& ffn, int64_t row, int64_t expert, int64_t first, int64_t count, int64_t rows,
+                    int64_t width, accumulate_t<S>* factors) {
+  uint64_t counters[kCounters];
+  uint32_t words[4][kCounters];
+  const int64_t group = first / 4, groups = (first + count + 3) / 4 - group;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint64_t begin = first_counter(ffn, row + r, expert) + group;
+    for (int64_t i = 0; i < groups; ++i) counters[r * groups + i] = begin + i;
+  }
+  philox_words(ffn.dropout.seed, counters, rows * groups, words);
+  uint32_t in_order[4 * kCounters];
+  for (int64_t i = 0; i < rows * groups; ++i) {
+    for (int64_t w = 0; w < 4; ++w) in_order[4 * i + w] = words[w][i];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint32_t* from = in_order + 4 * r * groups + first % 4;
+    for (int64_t c = 0; c < count; ++c) factors[r * width + c] = factor_of(ffn, from[c]);
+    std::fill(factors + r * width + count, factors + (r + 1) * width, accumulate_t<S>(0));
+  }
+}
+
 // The parameter's rows [first, first + kTileRows), `count` of which are there: where they stand, or widened.
 template <class S>
 void weight_rows(const Parameter<S>& weight, int64_t first, int64_t count, int64_t stride, int64_t begin, int64_t depth,
@@ -153,10 +216,7 @@ void forward_rows(const Ffn<S>& ffn, const Rows& rows, int64_t block, accumulate
                           for (int64_t i = 0; i < n; ++i) to[i] = decltype(phi)::template value<A>(z[i]);
                         });
                         if (!ffn.dropout.active) return;
-                        for (int64_t t = 0; t < count; ++t) {
-                          ffn.dropout.factors(ffn.plan.token(rows.first + first + t), rows.expert,
-                                              ffn.plan.num_experts, ffn.hidden, f, features, factors + t, width);
-                        }
+                        factors_by_feature(ffn, rows.first + first, rows.expert, f, features, count, width, factors);
                         for (int64_t i = 0; i < features; ++i) {
                           for (int64_t t = 0; t < count; ++t) {
                             to[i * width + t] = dropped(to[i * width + t], factors[i * width + t]);
@@ -342,12 +402,8 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
             std::copy_n(z + (i + r) * space.hidden_block + f - begin, valid, z_tile + r * width);
           }
           std::fill(z_tile + r * width + valid, z_tile + (r + 1) * width, A(0));
-          if (ffn.dropout.active) {
-            ffn.dropout.factors(ffn.plan.token(row), expert, ffn.plan.num_experts, hidden, f, valid,
-                                factors + r * width, 1);
-            std::fill(factors + r * width + valid, factors + (r + 1) * width, A(0));
-          }
         }
+        if (ffn.dropout.active) factors_by_row(ffn, rows.first + i, expert, f, valid, tall, width, factors);
         A *dot = dots + i * kLanes<A>, *a = unit.a + f * all + (first + i) * width;
         if (ffn.dropout.active) {
           differentiate_tile<true>(ffn.activation, z_tile, factors, gates + i, tall, width, tile, a, dot);
