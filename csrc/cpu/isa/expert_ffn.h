@@ -315,11 +315,15 @@ MOE_INLINE void differentiate_tile(Activation activation, const A* z, const A* f
 #pragma omp simd
         for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
           const int64_t c = first + lane;
-          auto both = decltype(phi)::template both<A>(z[c]);
-          if constexpr (kDropout) both = {dropped(both.value, factors[c]), dropped(both.slope, factors[c])};
-          dot[lane] += tile[c] * both.value;
-          a[c] = gate * both.value;
-          tile[c] *= gate * both.slope;
+          const auto both = decltype(phi)::template both<A>(z[c]);
+          A value = both.value, slope = both.slope;
+          if constexpr (kDropout) {
+            value = dropped(value, factors[c]);
+            slope = dropped(slope, factors[c]);
+          }
+          dot[lane] += tile[c] * value;
+          a[c] = gate * value;
+          tile[c] *= gate * slope;
         }
       }
     }
