@@ -113,7 +113,8 @@ inline int64_t grain(int64_t work_per_row) { return std::max<int64_t>(1, 16384 /
 
 inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-// Calls f(thread) for every thread below threads(), at once as far as there are any. Inside, threads() is another number.
+// Calls f(thread) for every thread below threads(), at once as far as there are any. Inside, threads() is another
+// number.
 template <class F>
 void on_every_thread(const F& f) {
   torch::stable::parallel_for(0, threads(), 1, [&](int64_t begin, int64_t end) {

@@ -123,10 +123,9 @@ struct Progress {
 
 template <class S>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>& ffn, const Tensor& grad,
-                                                                    const Tensor& x, const Tensor& w1,
-                                                                    const Tensor& b1, const Tensor& w2,
-                                                                    const Tensor& b2, const Tensor& gates,
-                                                                    const Tensor& saved) {
+                                                                    const Tensor& x, const Tensor& w1, const Tensor& b1,
+                                                                    const Tensor& w2, const Tensor& b2,
+                                                                    const Tensor& gates, const Tensor& saved) {
   using A = accumulate_t<S>;
   const Plan& plan = ffn.plan;
   const int64_t dim = ffn.dim, hidden = ffn.hidden;
@@ -161,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
   std::vector<double> sums(slots * blocks * (hidden + dim));
   // To pack weights does not pay for a few rows.
-  const bool readable = ffn.w1.wide && ffn.w2.wide && MOE_BY_ISA(whole_vectors<A>, dim) &&
-                        MOE_BY_ISA(whole_vectors<A>, hidden);
+  const bool readable =
+      ffn.w1.wide && ffn.w2.wide && MOE_BY_ISA(whole_vectors<A>, dim) && MOE_BY_ISA(whole_vectors<A>, hidden);
   const auto in_place = [&](const Rows& rows) { return readable && rows.count <= kFewRows; };
   std::vector<Unit<A>> units;
   for (size_t u = 0; u < parts.size(); ++u) {
@@ -171,8 +170,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
     const int64_t place = u == 0 ? 0 : units.back().place ^ static_cast<int64_t>(begins);
     A* own = operands + u % kSlots * sizes.operands();
     A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
-    Unit<A> unit{parts[u], begins, ends, place, {pack, hidden, 0}, {pack + sizes.w1, dim, 0}, pack, pack + sizes.w1, own,
-                 own + sizes.dz, own + sizes.dz + sizes.dy, own + sizes.dz + sizes.dy + sizes.a,
+    Unit<A> unit{parts[u],
+                 begins,
+                 ends,
+                 place,
+                 {pack, hidden, 0},
+                 {pack + sizes.w1, dim, 0},
+                 pack,
+                 pack + sizes.w1,
+                 own,
+                 own + sizes.dz,
+                 own + sizes.dz + sizes.dy,
+                 own + sizes.dz + sizes.dy + sizes.a,
                  sums.data() + u % kSlots * blocks * (hidden + dim)};
     if (in_place(parts[u])) {
       const int64_t at = parts[u].expert * dim * hidden;
@@ -242,8 +251,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
 
 template <class S>
 Ffn<S> make_ffn(const Plan& plan, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                const Tensor& b2, const Tensor& gates, const std::optional<Tensor>& seed,
-                const std::string& activation, double dropout_p) {
+                const Tensor& b2, const Tensor& gates, const std::optional<Tensor>& seed, const std::string& activation,
+                double dropout_p) {
   using A = accumulate_t<S>;
   for (const Tensor* parameter : {&w1, &b1, &w2, &b2}) {
     STD_TORCH_CHECK(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == scalar_type<A>,
@@ -252,8 +261,16 @@ Ffn<S> make_ffn(const Plan& plan, const Tensor& x, const Tensor& w1, const Tenso
   }
   STD_TORCH_CHECK(gates.scalar_type() == scalar_type<A>, "gates: expected the dtype of the arithmetic, got ",
                   torch::headeronly::toString(gates.scalar_type()));
-  return {plan,       Dropout(seed, dropout_p), activation_by_name(activation), x.size(1),        w1.size(1),
-          data<S>(x), Parameter<S>(w1),         Parameter<S>(b1),               Parameter<S>(w2), Parameter<S>(b2),
+  return {plan,
+          Dropout(seed, dropout_p),
+          activation_by_name(activation),
+          x.size(1),
+          w1.size(1),
+          data<S>(x),
+          Parameter<S>(w1),
+          Parameter<S>(b1),
+          Parameter<S>(w2),
+          Parameter<S>(b2),
           data<A>(gates)};
 }
 

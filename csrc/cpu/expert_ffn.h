@@ -38,7 +38,8 @@ struct Rows {
   int64_t expert, first, count;
 };
 
-// The factors of hidden features, 0 or 1 / (1 - p), from the words of Philox: a word for each feature, four to a counter.
+// The factors of hidden features, 0 or 1 / (1 - p), from the words of Philox: a word for each feature, four to a
+// counter.
 struct Dropout {
   Dropout(const std::optional<Tensor>& seed, double p)
       : active(seed.has_value()),
@@ -57,7 +58,8 @@ template <class S>
 struct Parameter {
   using A = accumulate_t<S>;
 
-  explicit Parameter(const Tensor& tensor) : wide(tensor.scalar_type() == scalar_type<A>), data(tensor.const_data_ptr()) {}
+  explicit Parameter(const Tensor& tensor)
+      : wide(tensor.scalar_type() == scalar_type<A>), data(tensor.const_data_ptr()) {}
 
   // Elements [at, at + n) in the dtype of the arithmetic.
   MOE_INLINE void load(int64_t at, int64_t n, A* to) const {
@@ -127,13 +129,13 @@ struct Gradient {
 template <class A>
 struct Unit {
   Rows rows;
-  bool begins, ends;  // its expert
-  int64_t place;      // of its expert's sums
-  Columns<A> w1, w2;  // as the products read them
+  bool begins, ends;         // its expert
+  int64_t place;             // of its expert's sums
+  Columns<A> w1, w2;         // as the products read them
   A *packed_w1, *packed_w2;  // panels [hidden][width] of w1, [dim][width] of w2
-  A *dz, *dy;         // packed: [hidden / kTileRows][rows][kTileRows], [dim / kTileRows][rows][kTileRows]
-  A *a, *x;           // panels [rows][width] over hidden and over dim
-  double* sums;       // of dz and of gate · dy, a row of hidden + dim for each block of rows
+  A *dz, *dy;                // packed: [hidden / kTileRows][rows][kTileRows], [dim / kTileRows][rows][kTileRows]
+  A *a, *x;                  // panels [rows][width] over hidden and over dim
+  double* sums;              // of dz and of gate · dy, a row of hidden + dim for each block of rows
 };
 
 // What a call of the backward needs, in elements, and its numbers of tasks.

@@ -13,7 +13,7 @@ const char* name(Isa isa);
 
 // Calls FUNCTION, which for_each_isa.h has made once for each instruction set, in the version of isa().
 #if defined(__x86_64__)
-#define MOE_BY_ISA(FUNCTION, ...)                     \
+#define MOE_BY_ISA(FUNCTION, ...)                                                      \
   (::moe_kernels::isa() == ::moe_kernels::Isa::kAvx512 ? avx512::FUNCTION(__VA_ARGS__) \
    : ::moe_kernels::isa() == ::moe_kernels::Isa::kAvx2 ? avx2::FUNCTION(__VA_ARGS__)   \
                                                        : baseline::FUNCTION(__VA_ARGS__))

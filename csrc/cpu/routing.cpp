@@ -86,7 +86,6 @@ auto by_wide_dtype(const Tensor& x, const F& f) {
   return f(float{});
 }
 
-
 // Logits and selection of all tokens.
 template <class T>
 SelectionOutputs run_forward(const RoutingForward<T>& call, const Selection& selection, int64_t tokens) {
@@ -155,8 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
     const Tensor grad_x = take_tensor({tokens, dim}, scalar_type<T>);
 
     const Scratch<T> of_projection(MOE_BY_ISA(readable_space<T>, features, dim));
-    const Columns<T> matrix =
-        MOE_BY_ISA(readable<T>, data<T>(projection), features, dim, of_projection.data());
+    const Columns<T> matrix = MOE_BY_ISA(readable<T>, data<T>(projection), features, dim, of_projection.data());
     const Scratch<T> packed_dq(MOE_BY_ISA(packed_space<T>, tokens, features));
     const Scratch<T> packed_weights(MOE_BY_ISA(packed_space<T>, tokens, experts));  // s dL / ‖q‖
     const int64_t space = kChunk * (features + experts + 1);
@@ -187,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
       }
       MOE_BY_ISA(block_gradient<T>, dq, features, matrix, dim, begin, count, tokens, packed_dq.data(),
                  mutable_data<T>(grad_x));
-      MOE_BY_ISA(block_gradient<T>, weights, experts, matrix, dim, begin, count, tokens, packed_weights.data(), nullptr);
+      MOE_BY_ISA(block_gradient<T>, weights, experts, matrix, dim, begin, count, tokens, packed_weights.data(),
+                 nullptr);
     });
 
     const Tensor grad_projection = empty({features, dim}, scalar_type<T>);
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routing_linea
     using T = decltype(zero);
     const int64_t tokens = x.size(0), dim = x.size(1), experts = weight.size(0);
     const Tensor logits = empty({tokens, experts}, scalar_type<T>);
-    const RoutingForward<T> call{data<T>(x), nullptr, nullptr, data<T>(weight), dim,    T(1),
+    const RoutingForward<T> call{data<T>(x), nullptr, nullptr, data<T>(weight),         dim,    T(1),
                                  dim,        0,       experts, mutable_data<T>(logits), nullptr};
     const auto out = run_forward(call, make_selection(experts, seed, top_k, noise_std, renormalize), tokens);
     return std::make_tuple(out.gates, out.experts, out.counts, out.sums, out.totals, out.confidence, logits);
@@ -260,8 +259,8 @@ std::tuple<Tensor, Tensor> routing_linear_backward(Tensor grad_gates, Tensor gra
                  mutable_data<T>(grad_x));
     });
     const Scratch<T> of_x(MOE_BY_ISA(readable_space<T>, tokens, dim));
-    transposed_product<T>(packed.data(), tokens, MOE_BY_ISA(readable<T>, data<T>(x), tokens, dim, of_x.data()),
-                          experts, dim, mutable_data<T>(grad_weight));
+    transposed_product<T>(packed.data(), tokens, MOE_BY_ISA(readable<T>, data<T>(x), tokens, dim, of_x.data()), experts,
+                          dim, mutable_data<T>(grad_weight));
     return std::make_tuple(grad_x, grad_weight);
   });
 }

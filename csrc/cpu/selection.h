@@ -100,9 +100,12 @@ class Selector {
   Selector(const Selection& selection, int64_t tokens)
       : s_(selection),
         tokens_(tokens),
-        out_{empty({tokens, s_.top_k}, scalar_type<T>), empty({tokens, s_.top_k}, ScalarType::Long),
-             empty({s_.top_k, s_.num_experts}, ScalarType::Long), empty({4, s_.num_experts}, scalar_type<T>),
-             empty({2}, scalar_type<T>), empty({tokens}, scalar_type<T>)},
+        out_{empty({tokens, s_.top_k}, scalar_type<T>),
+             empty({tokens, s_.top_k}, ScalarType::Long),
+             empty({s_.top_k, s_.num_experts}, ScalarType::Long),
+             empty({4, s_.num_experts}, scalar_type<T>),
+             empty({2}, scalar_type<T>),
+             empty({tokens}, scalar_type<T>)},
         sums_(chunks(tokens) * width(), 0.0),
         counts_(chunks(tokens) * s_.top_k * s_.num_experts, 0) {}
 

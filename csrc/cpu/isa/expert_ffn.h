@@ -1,10 +1,10 @@
 // The arithmetic of expert_ffn on blocks that fit into a core's cache. Included once for each instruction set
 // (for_each_isa.h), so there is no guard.
 //
-// Forward: the tokens of a block lie side by side in panels, the rows of the weights are broadcast as they stand. So the
-// hidden features come out as the panel that the second product reads, and no weight has to be packed.
-// Backward: the other way round. The gradient's rows are broadcast, panels of the weights, packed once for a unit of
-// rows, lie in the vectors. So dz and the gated hidden features come out as the operands of the weights' gradients.
+// Forward: the tokens of a block lie side by side in panels, the rows of the weights are broadcast as they stand. So
+// the hidden features come out as the panel that the second product reads, and no weight has to be packed. Backward:
+// the other way round. The gradient's rows are broadcast, panels of the weights, packed once for a unit of rows, lie in
+// the vectors. So dz and the gated hidden features come out as the operands of the weights' gradients.
 
 #include "gemm.h"
 
@@ -142,9 +142,10 @@ void pack_tokens(const Ffn<S>& ffn, const Rows& rows, accumulate_t<S>* x) {
     A* panel = x + first * ffn.dim;
     const S* tokens[kPanelWidth<A>];
     for (int64_t t = 0; t < count; ++t) tokens[t] = ffn.x + ffn.plan.token(rows.first + first + t) * ffn.dim;
-    transpose<A>(ffn.dim, count, [&](int64_t t) MOE_INLINE_LAMBDA { return tokens[t]; },
-                 [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
-                 [](A value) MOE_INLINE_LAMBDA { return value; });
+    transpose<A>(
+        ffn.dim, count, [&](int64_t t) MOE_INLINE_LAMBDA { return tokens[t]; },
+        [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
+        [](A value) MOE_INLINE_LAMBDA { return value; });
     for (int64_t c = 0; c < ffn.dim && count < width; ++c) {
       std::fill(panel + c * width + count, panel + (c + 1) * width, A(0));
     }
@@ -154,9 +155,8 @@ void pack_tokens(const Ffn<S>& ffn, const Rows& rows, accumulate_t<S>* x) {
 // z = w1 x + b1 of the hidden features [begin, end), `kGroup` at a time: finish(feature, features, first column, valid
 // columns, width, z) with z[feature][width].
 template <class S, class Finish>
-MOE_INLINE void first_product(const Ffn<S>& ffn, const Rows& rows, int64_t begin, int64_t end,
-                              const accumulate_t<S>* x, accumulate_t<S>* z, accumulate_t<S>* weights,
-                              const Finish& finish) {
+MOE_INLINE void first_product(const Ffn<S>& ffn, const Rows& rows, int64_t begin, int64_t end, const accumulate_t<S>* x,
+                              accumulate_t<S>* z, accumulate_t<S>* weights, const Finish& finish) {
   using A = accumulate_t<S>;
   for (int64_t f = begin; f < end; f += kGroup) {
     const int64_t features = std::min(kGroup, end - f);
@@ -179,9 +179,10 @@ MOE_INLINE void first_product(const Ffn<S>& ffn, const Rows& rows, int64_t begin
 // [features][width] into rows of `to`.
 template <class A, class T>
 MOE_INLINE void store_transposed(const A* from, int64_t features, int64_t count, int64_t width, T* to, int64_t stride) {
-  transpose<A>(count, features, [&](int64_t i) MOE_INLINE_LAMBDA { return from + i * width; },
-               [&](int64_t t) MOE_INLINE_LAMBDA { return to + t * stride; },
-               [](A value) MOE_INLINE_LAMBDA { return saturated<T>(value); });
+  transpose<A>(
+      count, features, [&](int64_t i) MOE_INLINE_LAMBDA { return from + i * width; },
+      [&](int64_t t) MOE_INLINE_LAMBDA { return to + t * stride; },
+      [](A value) MOE_INLINE_LAMBDA { return saturated<T>(value); });
 }
 
 template <class A>
@@ -202,27 +203,26 @@ void forward_rows(const Ffn<S>& ffn, const Rows& rows, int64_t block, accumulate
   pack_tokens(ffn, rows, x);
   for (int64_t begin = 0; begin < ffn.hidden; begin += space.hidden_block) {
     const int64_t end = std::min(ffn.hidden, begin + space.hidden_block), block = end - begin;
-    first_product(ffn, rows, begin, end, x, z, weights,
-                  [&](int64_t f, int64_t features, int64_t first, int64_t count, int64_t width, A* z)
-                      MOE_INLINE_LAMBDA {
-                        if (saved != nullptr) {
-                          store_transposed(z, features, count, width,
-                                           saved + (rows.first + first) * ffn.hidden + f, ffn.hidden);
-                        }
-                        A* to = hidden + first * block + (f - begin) * width;
-                        by_activation(ffn.activation, [&](auto phi) MOE_INLINE_LAMBDA {
-                          const int64_t n = features * width;
+    first_product(
+        ffn, rows, begin, end, x, z, weights,
+        [&](int64_t f, int64_t features, int64_t first, int64_t count, int64_t width, A* z) MOE_INLINE_LAMBDA {
+          if (saved != nullptr) {
+            store_transposed(z, features, count, width, saved + (rows.first + first) * ffn.hidden + f, ffn.hidden);
+          }
+          A* to = hidden + first * block + (f - begin) * width;
+          by_activation(ffn.activation, [&](auto phi) MOE_INLINE_LAMBDA {
+            const int64_t n = features * width;
 #pragma omp simd
-                          for (int64_t i = 0; i < n; ++i) to[i] = decltype(phi)::template value<A>(z[i]);
-                        });
-                        if (!ffn.dropout.active) return;
-                        factors_by_feature(ffn, rows.first + first, rows.expert, f, features, count, width, factors);
-                        for (int64_t i = 0; i < features; ++i) {
-                          for (int64_t t = 0; t < count; ++t) {
-                            to[i * width + t] = dropped(to[i * width + t], factors[i * width + t]);
-                          }
-                        }
-                      });
+            for (int64_t i = 0; i < n; ++i) to[i] = decltype(phi)::template value<A>(z[i]);
+          });
+          if (!ffn.dropout.active) return;
+          factors_by_feature(ffn, rows.first + first, rows.expert, f, features, count, width, factors);
+          for (int64_t i = 0; i < features; ++i) {
+            for (int64_t t = 0; t < count; ++t) {
+              to[i * width + t] = dropped(to[i * width + t], factors[i * width + t]);
+            }
+          }
+        });
     for (int64_t c = 0; c < ffn.dim; c += kTileRows) {
       const A* w[kTileRows];
       weight_rows(ffn.w2, rows.expert * ffn.dim + c, ffn.dim - c, ffn.hidden, begin, block, weights, w);
@@ -243,12 +243,14 @@ void forward_rows(const Ffn<S>& ffn, const Rows& rows, int64_t block, accumulate
     }
     const auto from = [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; };
     if (ffn.plan.top_k == 1) {
-      transpose<A>(count, ffn.dim, from, [&](int64_t t) MOE_INLINE_LAMBDA { return y + assignment[t] * ffn.dim; },
-                   [](A value) MOE_INLINE_LAMBDA { return static_cast<S>(value); });
+      transpose<A>(
+          count, ffn.dim, from, [&](int64_t t) MOE_INLINE_LAMBDA { return y + assignment[t] * ffn.dim; },
+          [](A value) MOE_INLINE_LAMBDA { return static_cast<S>(value); });
     } else {
       A* to = outputs + (rows.first + first) * ffn.dim;
-      transpose<A>(count, ffn.dim, from, [&](int64_t t) MOE_INLINE_LAMBDA { return to + t * ffn.dim; },
-                   [](A value) MOE_INLINE_LAMBDA { return value; });
+      transpose<A>(
+          count, ffn.dim, from, [&](int64_t t) MOE_INLINE_LAMBDA { return to + t * ffn.dim; },
+          [](A value) MOE_INLINE_LAMBDA { return value; });
     }
   });
 }
@@ -342,7 +344,8 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
   const Rows rows{expert, unit.rows.first + first, count};
   A *dy = memory, *dz = dy + space.dy, *dx = dz + space.dz, *z = dx + space.dx, *forward = z + space.z;
   A *tile = forward + space.x, *z_tile = tile + kTileRows * kPanelWidth<A>;
-  A *factors = z_tile + kTileRows * kPanelWidth<A>, *dots = factors + kTileRows * kPanelWidth<A>, *gates = dots + space.rows * kLanes<A>;
+  A *factors = z_tile + kTileRows * kPanelWidth<A>, *dots = factors + kTileRows * kPanelWidth<A>,
+    *gates = dots + space.rows * kLanes<A>;
   double *dz_sums = unit.sums + index * (hidden + dim), *dy_sums = dz_sums + hidden;
   std::fill_n(dz_sums, hidden + dim, 0.0);
 

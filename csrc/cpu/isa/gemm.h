@@ -70,8 +70,8 @@ MOE_INLINE void tile(const A* const* rows, const A* panel, int64_t panel_stride,
   }
 }
 
-// Columns side by side: row k at data + k · stride. A packed panel's stride is its width; a matrix's own columns will do
-// where there are as many as the width.
+// Columns side by side: row k at data + k · stride. A packed panel's stride is its width; a matrix's own columns will
+// do where there are as many as the width.
 template <class A>
 struct Panel {
   const A* data;
@@ -82,13 +82,13 @@ struct Panel {
 // operand behind the first.
 template <class A, bool kPacked>
 void multiply_tile(const A* const* rows, const Panel<A>& panel, int64_t depth, A* c, int64_t stride, bool accumulate) {
-  const int64_t chains = std::max<int64_t>(1, (depth + kChain - 1) / kChain);
-  for (int64_t chain = 0; chain < chains; ++chain) {
-    const int64_t begin = depth * chain / chains, count = depth * (chain + 1) / chains - begin;
+  // Chains begin at multiples of kChain, so that sums do not depend on how a caller cuts the depth at such.
+  for (int64_t begin = 0; begin == 0 || begin < depth; begin += kChain) {
+    const int64_t count = std::min(kChain, depth - begin);
     const A* shifted[kTileRows];
     for (int i = 0; i < kTileRows; ++i) shifted[i] = kPacked ? rows[0] + begin * kTileRows : rows[i] + begin;
     const A* from = panel.data + begin * panel.stride;
-    const bool add = accumulate || chain > 0;
+    const bool add = accumulate || begin > 0;
     switch (panel.width / kLanes<A>) {
       case 1:
         tile<A, 1, kPacked>(shifted, from, panel.stride, count, c, stride, add);
@@ -157,8 +157,8 @@ MOE_INLINE void scatter_packed(const A* row, int64_t count, int64_t rows, int64_
   for (int64_t c = whole; c < count; ++c) packed[whole * rows + at * kTileRows + c - whole] = row[c];
 }
 
-// Rows [top, bottom) and columns [left, right) of out (+)= packedᵀ b over the rows [begin, end) of both; `left` begins a
-// panel, `top` a tile. packed: [columns / kTileRows][rows][kTileRows].
+// Rows [top, bottom) and columns [left, right) of out (+)= packedᵀ b over the rows [begin, end) of both; `left` begins
+// a panel, `top` a tile. packed: [columns / kTileRows][rows][kTileRows].
 template <class A>
 void multiply_transposed(const A* packed, int64_t rows, const Columns<A>& b, int64_t begin, int64_t end, int64_t top,
                          int64_t bottom, int64_t left, int64_t right, A* out, int64_t stride, bool accumulate) {

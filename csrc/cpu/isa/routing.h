@@ -14,8 +14,8 @@ void project(const T* rows, int64_t stride, int64_t count, const T* x, int64_t c
     const T* w[kTileRows];
     tile_rows(rows + r * stride, stride, count - r, w);
     for_panels<T>(columns, [&](int64_t first, int64_t, int64_t width) MOE_INLINE_LAMBDA {
-      multiply_tile<T, false>(w, Panel<T>{x + first * depth, width, width}, depth, out + first * tall + r * width, width,
-                              false);
+      multiply_tile<T, false>(w, Panel<T>{x + first * depth, width, width}, depth, out + first * tall + r * width,
+                              width, false);
     });
   }
 }
@@ -25,10 +25,12 @@ template <class T>
 void pack_transposed(const T* from, int64_t count, int64_t dim, T* to) {
   for_panels<T>(count, [&](int64_t first, int64_t valid, int64_t width) MOE_INLINE_LAMBDA {
     T* panel = to + first * dim;
-    transpose<T>(dim, valid, [&](int64_t t) MOE_INLINE_LAMBDA { return from + (first + t) * dim; },
-                 [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
-                 [](T value) MOE_INLINE_LAMBDA { return value; });
-    for (int64_t c = 0; c < dim && valid < width; ++c) std::fill(panel + c * width + valid, panel + (c + 1) * width, T(0));
+    transpose<T>(
+        dim, valid, [&](int64_t t) MOE_INLINE_LAMBDA { return from + (first + t) * dim; },
+        [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
+        [](T value) MOE_INLINE_LAMBDA { return value; });
+    for (int64_t c = 0; c < dim && valid < width; ++c)
+      std::fill(panel + c * width + valid, panel + (c + 1) * width, T(0));
   });
 }
 
@@ -37,9 +39,10 @@ template <class T>
 void unpack_transposed(const T* from, int64_t tall, int64_t rows, int64_t count, T* to) {
   for_panels<T>(count, [&](int64_t first, int64_t valid, int64_t width) MOE_INLINE_LAMBDA {
     const T* panel = from + first * tall;
-    transpose<T>(valid, rows, [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
-                 [&](int64_t t) MOE_INLINE_LAMBDA { return to + (first + t) * rows; },
-                 [](T value) MOE_INLINE_LAMBDA { return value; });
+    transpose<T>(
+        valid, rows, [&](int64_t c) MOE_INLINE_LAMBDA { return panel + c * width; },
+        [&](int64_t t) MOE_INLINE_LAMBDA { return to + (first + t) * rows; },
+        [](T value) MOE_INLINE_LAMBDA { return value; });
   });
 }
 
@@ -119,7 +122,8 @@ void block_gradient(const T* rows, int64_t features, const Columns<T>& matrix, i
   for (int64_t i = 0; i < count; ++i) scatter_packed(rows + i * features, features, tokens, first + i, packed);
   const int64_t whole = features / kTileRows * kTileRows;
   for (int64_t i = first; i < first + count; ++i) {  // the features that fill up the last tile
-    for (int64_t c = features; c < round_up(features, kTileRows); ++c) packed[whole * tokens + i * kTileRows + c - whole] = 0;
+    for (int64_t c = features; c < round_up(features, kTileRows); ++c)
+      packed[whole * tokens + i * kTileRows + c - whole] = 0;
   }
   for (int64_t i = 0; i < count && grad_x != nullptr; i += kTileRows) {
     const int64_t tall = std::min<int64_t>(kTileRows, count - i);
@@ -152,7 +156,8 @@ int64_t readable_space(int64_t rows, int64_t columns) {
   return whole_vectors<T>(columns) ? 0 : rows * round_up(columns, kLanes<T>);
 }
 
-// A part of out (rows, columns) = packedᵀ b over all tokens, a piece of the tokens at a time so that b's stays in cache.
+// A part of out (rows, columns) = packedᵀ b over all tokens, a piece of the tokens at a time so that b's stays in
+// cache.
 template <class T>
 void transposed_part(const T* packed, int64_t tokens, const Columns<T>& b, int64_t rows, int64_t columns, int64_t part,
                      T* out) {
