@@ -25,6 +25,7 @@ OPTIONAL = ("triton", "transformers")
 OWN_ARITHMETIC = ("dispatch",)
 ANY_THREADS = "same bits for any number of threads"
 SAME_THREADS = "same bits for the same number of threads"
+SAME_DEVICE = "same bits on the same kind of device"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,21 +88,19 @@ def extension() -> dict[str, str]:
     return {"status": "loaded", **build}
 
 
+def _determinism(row: backend.Choice) -> str:
+    if row.backend == "triton":
+        return SAME_DEVICE
+    return ANY_THREADS if row.backend == "cpp" and row.operator in OWN_ARITHMETIC else SAME_THREADS
+
+
 def operators() -> tuple[list[dict[str, str]], str]:
     """The kernel of every operator on every device and why; and the error where a forced one cannot run."""
     try:
         rows = backend.report()
     except RuntimeError as error:
         return [], str(error)
-    return [
-        {
-            **row._asdict(),
-            "determinism": ANY_THREADS
-            if row.operator in OWN_ARITHMETIC and row.backend != "reference"
-            else SAME_THREADS,
-        }
-        for row in rows
-    ], ""
+    return [{**row._asdict(), "determinism": _determinism(row)} for row in rows], ""
 
 
 def advice(report: dict[str, Any]) -> list[str]:
@@ -119,8 +118,8 @@ def advice(report: dict[str, Any]) -> list[str]:
         )
     if missing := [name for name in EXTRA if report["versions"][name] is None]:
         steps.append(f'For the models and the demo ({", ".join(missing)} missing): pip install "moe-kernels[models]"')
-    if any(row["device"] == "cuda" and row["backend"] == "reference" for row in report["operators"]):
-        steps.append("On the GPU these operators run as plain PyTorch: this version has no GPU kernels yet.")
+    if slow := [row for row in report["operators"] if row["device"] == "cuda" and row["backend"] == "reference"]:
+        steps.append(f"On the GPU the operators run as plain PyTorch. {slow[0]['reason']}")
     return steps
 
 

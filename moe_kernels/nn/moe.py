@@ -62,7 +62,8 @@ class MoE(nn.Module):
         z_loss: weight of the router z-loss beside the balancing loss.
         renormalize: divide the gates by their sum; refused for ``top_k=1``.
         noise, projection_dim: of the router that is made from its name.
-        save: what the backward keeps, ``"preactivation"`` or ``"input"`` (less memory, one product more).
+        save: what the backward keeps, ``"preactivation"``, ``"input"`` (less memory, one product more) or ``"auto"``,
+            the one that takes less time on the device.
 
     Parameters: ``w1`` (E, h, d), ``b1`` (E, h), ``w2`` (E, d, h), ``b2`` (E, d), submodule ``router``.
 
@@ -87,7 +88,7 @@ class MoE(nn.Module):
         renormalize: bool = False,
         noise: float = 0.0,
         projection_dim: int = 256,
-        save: str = "preactivation",
+        save: str = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):

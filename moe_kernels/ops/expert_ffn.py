@@ -10,9 +10,10 @@ expert's whole output, its bias included.
 
 Arithmetic and all sums in float32, storage in the dtype of ``x`` (float64 in float64). For the backward only ``x``, the
 routing and the pre-activation w1 x + b1 in the dtype of ``x`` are kept (``save="preactivation"``), or not even that
-(``save="input"``: one product more in the backward). Gradients are exact for x, weights, biases and gates, once.
-Deterministic for a given number of threads (the products are the BLAS library's); without capacity a row does not
-depend on the other rows, to rounding.
+(``save="input"``: one product more in the backward), or the one of them that costs less time (``save="auto"``: see
+:func:`cheaper_to_save`). Gradients are exact for x, weights, biases and gates, once.
+Deterministic, on a CPU bit for bit for any number of threads; without capacity a row of y does not depend on the other
+rows, bit for bit on a CPU and a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from moe_kernels.ops.dispatch import Dispatch, check_plan
 from moe_kernels.reference import expert_ffn as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-SAVE = ("preactivation", "input")
+SAVE = ("preactivation", "input", "auto")
+RATES = {(8, 0): (312e12, 1.9e12), (9, 0): (790e12, 4.3e12)}
+"""Compute capability → FLOP/s of a 16-bit product and bytes/s of memory, of an A100 and of an H200."""
 
 _PARAMETERS = "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor gates"
 _PLAN = "Tensor order, Tensor offsets, Tensor inverse, Tensor? seed, str activation, float dropout_p"
@@ -94,6 +97,28 @@ _library.differentiate("expert_ffn", _setup, _gradient)
 _library.refuse_second_derivative("expert_ffn_backward")
 
 
+def cheaper_to_save(dim: int, element_size: int, capability: tuple[int, int] | None) -> str:
+    """``"input"`` where the backward computes the pre-activation in no more time than it is written and read.
+
+    2·d FLOP for each of its elements against 2·``element_size`` bytes: on a GPU of rates P and B up to
+    d = element_size · P / B features, that is 328 on an A100 and 367 on an H200 in 16 bits. float32 products take six
+    times as long (three of TF32 at half the rate). Elsewhere, as on a CPU (``capability`` None), never.
+    """
+    if capability not in RATES:
+        return "preactivation"
+    flops, bandwidth = RATES[capability]
+    if element_size > 2:
+        flops /= 6
+    return "input" if dim <= element_size * flops / bandwidth else "preactivation"
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile can trace
+    return properties.major, properties.minor
+
+
 def expert_ffn(
     x: Tensor,
     w1: Tensor,
@@ -106,13 +131,14 @@ def expert_ffn(
     activation: str = "gelu",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    save: str = "preactivation",
+    save: str = "auto",
 ) -> Tensor:
     """Apply to every token its experts, as specified at the top of this module.
 
     Args:
         x: (T, d) float32, bfloat16, float16 or float64. Under autocast it is cast to the autocast dtype.
-        w1: (E, h, d); parameters of another dtype are cast to that of ``x``, their gradients come back in their own.
+        w1: (E, h, d). Parameters have the dtype of ``x`` or float32, whose gradients do not pass through 16 bits;
+            another dtype is cast to that of ``x``. The kernels may round float32 parameters to the dtype of ``x``.
         b1: (E, h).
         w2: (E, d, h).
         b2: (E, d).
@@ -121,7 +147,7 @@ def expert_ffn(
         activation: one of ``ACTIVATIONS``.
         dropout_p: probability of dropping a hidden feature, in [0, 1).
         seed: (1,) int64 on the device of ``x``; required with dropout.
-        save: what the backward keeps, ``"preactivation"`` or ``"input"``.
+        save: what the backward keeps, ``"preactivation"``, ``"input"`` or ``"auto"``.
 
     Returns:
         (T, d) in the dtype of ``x`` (or of autocast).
@@ -154,16 +180,24 @@ def expert_ffn(
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    tensors = [_library.cast(tensor, dtype) for tensor in (x, w1, b1, w2, b2)]
+    x = _library.cast(x, dtype)
     gates = _library.cast(gates, _library.wide_dtype(dtype))
-    if backend.choose(device) == "reference":
+    if backend.choose(device, dtype) == "reference":
         meaning: Callable[..., Tensor] = reference.expert_ffn
+        parameters = [_library.cast(parameter, dtype) for parameter in (w1, b1, w2, b2)]
         with _library.without_autocast(device):
-            return meaning(*tensors, gates, dispatch.offsets, dispatch.inverse, seed, activation, dropout_p)
+            return meaning(x, *parameters, gates, dispatch.offsets, dispatch.inverse, seed, activation, dropout_p)
+    # The kernels take float32 parameters beside 16-bit rows, so that a gradient in float32 is never rounded to 16 bits.
+    parameters = [
+        parameter if parameter.dtype == _library.wide_dtype(dtype) else _library.cast(parameter, dtype)
+        for parameter in (w1, b1, w2, b2)
+    ]
+    if save == "auto":
+        save = cheaper_to_save(x.shape[1], x.element_size(), _capability(x.device))
     save_preactivation = (
         save == "preactivation"
         and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in (*tensors, gates))
+        and any(tensor.requires_grad for tensor in (x, *parameters, gates))
     )
-    y: Tensor = _forward(*tensors, gates, *dispatch[:3], seed, activation, dropout_p, save_preactivation)[0]
+    y: Tensor = _forward(x, *parameters, gates, *dispatch[:3], seed, activation, dropout_p, save_preactivation)[0]
     return y

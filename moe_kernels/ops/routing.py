@@ -16,7 +16,8 @@ float64 inputs), whatever the dtype of ``x`` and whether or not autocast is on.
 A NaN in a token makes its gates NaN and leaves the other tokens alone; its experts are then the first k.
 Gates and all statistics but ``counts``, ``entropy`` and ``confidence`` are differentiable, once; those of the
 reference any number of times.
-Deterministic; the matrix products are the BLAS library's, so bit for bit the same for the same number of threads.
+Deterministic; on a CPU the matrix products are the BLAS library's, so bit for bit the same for the same number of
+threads, on a GPU for the same kind of device.
 """
 
 from __future__ import annotations
@@ -68,16 +69,16 @@ _GRADS = "Tensor grad_gates, Tensor grad_sums, Tensor grad_totals"
 _OUTPUTS = "Tensor gates, Tensor experts, Tensor counts, Tensor sums, Tensor totals, Tensor confidence, Tensor logits"
 
 
-def _fake_selection(x: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, ...]:
+def _fake_selection(x: Tensor, weight: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, ...]:
     tokens = x.shape[0]
     return (
-        x.new_empty(tokens, top_k),
-        x.new_empty(tokens, top_k, dtype=torch.int64),
-        x.new_empty(top_k, num_experts, dtype=torch.int64),
-        x.new_empty(4, num_experts),
-        x.new_empty(2),
-        x.new_empty(tokens),
-        x.new_empty(tokens, num_experts),
+        weight.new_empty(tokens, top_k),
+        weight.new_empty(tokens, top_k, dtype=torch.int64),
+        weight.new_empty(top_k, num_experts, dtype=torch.int64),
+        weight.new_empty(4, num_experts),
+        weight.new_empty(2),
+        weight.new_empty(tokens),
+        weight.new_empty(tokens, num_experts),
     )
 
 
@@ -93,15 +94,15 @@ def _fake_cosine(
     renormalize: bool,
 ) -> tuple[Tensor, ...]:
     return (
-        *_fake_selection(x, embedding.shape[0], top_k),
-        x.new_empty(x.shape[0], projection.shape[0]),
+        *_fake_selection(x, projection, embedding.shape[0], top_k),
+        projection.new_empty(x.shape[0], projection.shape[0]),
     )
 
 
 def _fake_linear(
     x: Tensor, weight: Tensor, seed: Tensor | None, top_k: int, noise_std: float, renormalize: bool
 ) -> tuple[Tensor, ...]:
-    return _fake_selection(x, weight.shape[0], top_k)
+    return _fake_selection(x, weight, weight.shape[0], top_k)
 
 
 _cosine = _library.define(
@@ -198,10 +199,16 @@ def _check_selection(
 def _run(
     operator: Callable[..., Any], meaning: Callable[..., Any], tensors: tuple[Tensor, ...], *selection: Any
 ) -> Routing:
-    """Run the kernel or its reference on tensors in the dtype of the arithmetic, out of the reach of autocast."""
-    dtype, device = _library.wide_dtype(tensors[0].dtype), tensors[0].device.type
-    tensors = tuple(_library.cast(tensor, dtype) for tensor in tensors)
-    if backend.choose(device) == "reference":
+    """Run the kernel or its reference on parameters in the dtype of the arithmetic, out of the reach of autocast.
+
+    So is x, but for Triton's kernels, which cast it where they load it.
+    """
+    x, *parameters = tensors
+    dtype, device = _library.wide_dtype(x.dtype), x.device.type
+    chosen = backend.choose(device, x.dtype)
+    narrow = chosen == "triton" and x.dtype in (torch.bfloat16, torch.float16)
+    tensors = (x if narrow else _library.cast(x, dtype), *(_library.cast(tensor, dtype) for tensor in parameters))
+    if chosen == "reference":
         with _library.without_autocast(device):
             outputs = meaning(*tensors, *selection)
     else:  # autocast has no rule for our operators and leaves them alone

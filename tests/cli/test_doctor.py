@@ -94,7 +94,14 @@ def test_extension_that_does_not_load_shows_its_error():
     assert "undefined symbol" in text
 
 
-def test_gpu_on_the_reference_is_said():
-    row = {"operator": "routing", "device": "cuda", "backend": "reference", "reason": "", "determinism": ""}
-    (step,) = doctor.advice({**COMPLETE, "operators": [row]})
+def test_gpu_on_the_reference_is_said_with_the_reason():
+    row = {"operator": "routing", "device": "cuda", "backend": "reference", "determinism": ""}
+    (step,) = doctor.advice({**COMPLETE, "operators": [{**row, "reason": "triton: triton is not installed"}]})
     assert "GPU" in step
+    assert "triton is not installed" in step
+
+
+def test_interpreter_is_reported_where_it_is_forced(monkeypatch):
+    monkeypatch.setattr(backend, "report", lambda: [backend.Choice("routing", "cpu", "triton", "forced")])
+    (row,), problem = doctor.operators()
+    assert (row["backend"], row["determinism"], problem) == ("triton", doctor.SAME_DEVICE, "")

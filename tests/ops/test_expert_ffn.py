@@ -294,7 +294,8 @@ def test_autocast_casts_the_ffn_and_gives_gradients_in_the_parameters_dtype(dtyp
     narrow = {
         name: tensor.detach() if name == "gates" else tensor.detach().to(dtype) for name, tensor in leaves.items()
     }
-    assert torch.equal(y, expert_ffn(**narrow, dispatch=plan))
+    # Parameters in float32 are taken as they are, so that this may be the more accurate of the two.
+    torch.testing.assert_close(y, expert_ffn(**narrow, dispatch=plan), rtol=0.02, atol=0.05)
 
 
 def test_float_functions_of_the_activations_are_accurate():
@@ -339,7 +340,7 @@ def test_infinities_and_nan_go_through_the_activation_as_in_plain_pytorch(activa
         ({"b2": torch.randn(4, 19)}, ValueError, r"b2: expected shape \(5, 19\), got \(4, 19\)"),
         ({"gates": torch.rand(37, 3)}, ValueError, r"gates: expected shape \(37, 2\), got \(37, 3\)"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of gelu, .*, got 'tanh'"),
-        ({"save": "all"}, ValueError, "save: expected one of preactivation, input, got 'all'"),
+        ({"save": "all"}, ValueError, "save: expected one of preactivation, input, auto, got 'all'"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout_p": 0.1}, ValueError, "seed: dropout_p=0.1 needs"),
     ],
