@@ -1,4 +1,6 @@
 """Benchmarks, installed as ``moe_kernels.benchmarks``: one file an operator, peers beside ours, the limit beside both.
 
-``harness`` measures, ``workloads`` says on what, ``report`` writes it down, ``registry`` names the operators.
+``candidates`` binds functions to tensors, ``inductor`` compiles them, ``peers`` holds the libraries; ``workloads`` says
+on what, ``harness`` measures by one of the ``stopwatches`` against ``limits``, ``memory`` weighs; ``report`` and
+``picture`` write it down, ``registry`` names the operators. ``on_gpu.sh`` does everything that a GPU is needed for.
 """

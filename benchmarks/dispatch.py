@@ -1,7 +1,7 @@
 """``dispatch``: the plan alone ("plan"), and with the gather to the experts and the weighted combine back.
 
-Peer: a stable argsort, a count and its running sum, index_select, and back by index_select (k = 1) or index_add. Limit
-of the gather and combine: copies that move the same bytes in order; the plan has none.
+Peers: a stable argsort, a count and its running sum, index_select, and back by index_select (k = 1) or index_add; and
+``torch.compile`` of it. Bare: copies that move the same bytes in order; the plan has none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.benchmarks.harness import BOTH, FORWARD, OURS, Benchmark, Candidate, Case, Function, Outputs, Problem
+from moe_kernels.benchmarks.candidates import BOTH, FORWARD, OURS, Candidate, Function, Outputs, Problem
+from moe_kernels.benchmarks.harness import Benchmark, Case
+from moe_kernels.benchmarks.inductor import PREFIX, compiled
+from moe_kernels.benchmarks.limits import Work
 from moe_kernels.benchmarks.workloads import Draw, Workload
 from moe_kernels.ops.dispatch import combine, dispatch, gather
 
@@ -80,6 +83,23 @@ def _copies(x: Tensor, top_k: int, direction: str) -> Candidate:
     return run
 
 
+def work(workload: Workload, direction: str) -> Work:
+    """Bytes only: ids → order, inverse, offsets and what is kept; gather T → A rows; combine A rows and gates → T.
+
+    In the backward the combine reads T rows and again the A rows and gates, and writes the gradients of both; the
+    gather reads A rows and writes T.
+    """
+    assignments = workload.tokens * workload.top_k
+    plan = 8 * (3 * assignments + workload.num_experts + 1) + assignments
+    if direction == PLAN:
+        return Work(0, plan)
+    row, gates = workload.dim * workload.torch_dtype.itemsize, 4 * assignments
+    forward = plan + 2 * (workload.tokens + assignments) * row + gates
+    if direction == FORWARD:
+        return Work(0, forward)
+    return Work(0, forward + (2 * workload.tokens + 3 * assignments) * row + 2 * gates)
+
+
 def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     others = {"experts": draw.experts(), "num_experts": workload.num_experts}
@@ -87,15 +107,28 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     plain: Function
     if direction == PLAN:
         problem = Problem({}, others=others)
-        ours, plain, limit = _our_plan, _plain_plan, None
+        ours, plain, bare = _our_plan, _plain_plan, None
     else:
         leaves = {"x": draw.normal(workload.tokens, workload.dim), "gates": draw.gates()}
         problem = Problem(leaves, draw.normal(workload.tokens, workload.dim) if direction == BOTH else None, others)
-        ours, plain, limit = _ours, _plain, "bare copies"
-    candidates = {OURS: problem.candidate(ours), "plain PyTorch": problem.candidate(plain)}
-    if limit is not None:
-        candidates[limit] = _copies(problem.leaves["x"], workload.top_k, direction)
-    return Case("dispatch", workload, direction, candidates, problem.exact(ours), plain="plain PyTorch", limit=limit)
+        ours, plain, bare = _ours, _plain, "bare copies"
+    candidates = {
+        OURS: problem.candidate(ours),
+        "plain PyTorch": problem.candidate(plain),
+        f"{PREFIX}plain": problem.candidate(compiled(plain)),
+    }
+    if bare is not None:
+        candidates[bare] = _copies(problem.leaves["x"], workload.top_k, direction)
+    return Case(
+        "dispatch",
+        workload,
+        direction,
+        candidates,
+        exact=problem.exact(ours),
+        plain="plain PyTorch",
+        work=work(workload, direction),
+        bare=bare,
+    )
 
 
 BENCHMARK = Benchmark(_build, directions=(PLAN, FORWARD, BOTH))

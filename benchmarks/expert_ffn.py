@@ -1,9 +1,10 @@
 """``expert_ffn``: from tokens, gates and expert ids to outputs, the sorting of the ids included for everyone.
 
-Peers: the eager loop over experts in two forms, one that finds an expert's tokens by ``torch.where`` and adds its
-outputs in place, one that sorts once, splits and concatenates; both have one parameter tensor for each expert, as a
-list of modules has, and so pay nothing for slicing. And ``torch.nn.functional.grouped_mm`` with biases, GELU and gates
-in plain PyTorch. Limit: the products on rows that were gathered before.
+Peers in plain PyTorch: the eager loop over experts in two forms, one that finds an expert's tokens by ``torch.where``
+and adds its outputs in place, one that sorts once, splits and concatenates; both have one parameter tensor for each
+expert, as a list of modules has, and so pay nothing for slicing. ``torch.nn.functional.grouped_mm`` with biases, GELU
+and gates around it. ``torch.compile`` of the second and of the third. The libraries stand in ``peers``. Bare: the
+products on rows that were gathered before.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_kernels.benchmarks.candidates import BOTH, OURS, Function, Problem, Product, bare_products
 from moe_kernels.benchmarks.dispatch import plain_combine, plain_gather
-from moe_kernels.benchmarks.harness import BOTH, OURS, Benchmark, Case, Function, Problem, Product, Value, bare_products
+from moe_kernels.benchmarks.harness import Benchmark, Case
+from moe_kernels.benchmarks.inductor import PREFIX
+from moe_kernels.benchmarks.limits import Work
+from moe_kernels.benchmarks.peers import LIBRARIES, Peer, apart, candidates
 from moe_kernels.benchmarks.workloads import Draw, Workload
 from moe_kernels.ops.dispatch import dispatch
 from moe_kernels.ops.expert_ffn import expert_ffn
 
-PARAMETERS = ("w1", "b1", "w2", "b2")
 PLAIN = "eager loop, sort"
 
 
@@ -88,20 +92,24 @@ def _grouped(
     return {"y": plain_combine(linear(F.gelu(linear(rows, w1, b1)), w2, b2), gates, order)}
 
 
-PEERS: dict[str, tuple[Function, bool]] = {
-    "eager loop, where": (_loop_where, True),
-    PLAIN: (_loop_sort, True),
-    "grouped_mm": (_grouped, False),
+EXACT: Function = _loop_sort
+"""What float64 is computed by: the reference does every expert on every token, which a large workload cannot afford."""
+
+
+def _compiled_grouped(x: Tensor, *args: Tensor, **kwargs: Tensor) -> Mapping[str, Tensor]:
+    if x.dtype != torch.bfloat16:
+        raise RuntimeError(f"torch.compile takes grouped_mm in bfloat16 only, got {x.dtype}")
+    return _grouped(x, *args, **kwargs)
+
+
+PEERS: dict[str, Peer] = {
+    "eager loop, where": Peer(_loop_where, apart),
+    PLAIN: Peer(_loop_sort, apart),
+    "grouped_mm": Peer(_grouped),
+    f"{PREFIX}loop": Peer(_loop_sort, apart, compile=True),
+    f"{PREFIX}grouped_mm": Peer(_compiled_grouped, compile=True),
+    **LIBRARIES,
 }
-"""Name → function, and whether it wants a tensor for each expert."""
-
-
-def split(leaves: Mapping[str, Tensor]) -> dict[str, Value]:
-    """The same leaves, the parameters of each expert leaves of their own."""
-    return {
-        name: [part.detach().requires_grad_() for part in leaf] if name in PARAMETERS else leaf
-        for name, leaf in leaves.items()
-    }
 
 
 def products(x: Tensor, w1: Tensor, w2: Tensor, experts: Tensor, direction: str) -> list[Product]:
@@ -125,6 +133,20 @@ def products(x: Tensor, w1: Tensor, w2: Tensor, experts: Tensor, direction: str)
     return found
 
 
+def work(workload: Workload, direction: str) -> Work:
+    """The two products of every assignment; tokens, ids, gates and parameters in, tokens or gradients out."""
+    assignments, size = workload.tokens * workload.top_k, workload.torch_dtype.itemsize
+    dim, hidden_dim = workload.dim, workload.hidden_dim
+    flops = 2 * assignments * 2 * dim * hidden_dim
+    tokens = workload.tokens * dim * size
+    parameters = workload.num_experts * (2 * dim * hidden_dim + dim + hidden_dim) * size
+    gates, ids = 4 * assignments, 8 * assignments
+    forward = tokens + ids + gates + parameters + tokens
+    if direction != BOTH:
+        return Work(flops, forward)
+    return Work(3 * flops, forward + (tokens + tokens + ids + gates + parameters) + (tokens + gates + parameters))
+
+
 def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     tokens, dim, hidden_dim, num_experts = workload.tokens, workload.dim, workload.hidden_dim, workload.num_experts
@@ -138,17 +160,21 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
         "gates": draw.gates(),
     }
     problem = Problem(leaves, draw.normal(tokens, dim) if direction == BOTH else None, {"experts": experts})
-    peers = {name: problem.candidate(peer, split(leaves) if apart else None) for name, (peer, apart) in PEERS.items()}
     bare = products(leaves["x"], leaves["w1"], leaves["w2"], experts, direction)
     return Case(
         "expert_ffn",
         workload,
         direction,
-        candidates={OURS: problem.candidate(_ours), **peers, "bare products": bare_products(bare)},
-        exact=problem.exact(_ours),
+        candidates={
+            OURS: problem.candidate(_ours),
+            **candidates(problem, PEERS, lambda peer: peer),
+            "bare products": bare_products(bare),
+        },
+        exact=problem.exact(EXACT),
         plain=PLAIN,
-        limit="bare products",
+        work=work(workload, direction),
+        bare="bare products",
     )
 
 
-BENCHMARK = Benchmark(_build)
+BENCHMARK = Benchmark(_build, weigh=True)

@@ -1,43 +1,36 @@
 """How a benchmark is measured.
 
 A case is one operator on one workload in one direction, done by several candidates: ours, its peers, and where there
-is one the physical limit. Before anything is timed every candidate's result is compared with a float64 computation
-from the same rounded inputs. A candidate that is further off than ten times plain PyTorch plus one eps gets no speed.
+are any its bare matrix products or copies. Before anything is timed every candidate's result is compared with a float64
+computation from the same rounded inputs. A candidate that is further off than ten times plain PyTorch plus one eps gets
+no speed; nor does one that is absent or fails, and its row says why.
 
 The candidates are timed in interleaved rounds: each once a round, the order rotated from round to round, so that what
-else the machine does, and how warm it is, meets all of them alike. Ratios are taken within a round, and the median over
-rounds is reported. A sample is one call, or as many as fill ``sample_seconds``.
+else the machine does, and how warm it is, meets all of them alike, and the probes of the machine's rates too. Ratios
+are taken within a round, and the median over rounds is reported. A sample is one call, or as many as fill
+``sample_seconds``. A candidate that takes more than ten times as long as ours sits out all but the first rounds. Where
+the medians of the first and the second half of the rounds differ by more than a tenth, the row is marked as unsteady.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moe_kernels import backend
+from moe_kernels.benchmarks.candidates import BOTH, FORWARD, GRADIENT, OURS, Candidate, Outputs, Value
+from moe_kernels.benchmarks.limits import Probes, Rates, Work
+from moe_kernels.benchmarks.stopwatches import Stopwatch
 from moe_kernels.benchmarks.workloads import Workload
 
-FORWARD = "forward"
-BOTH = "forward+backward"
-OURS = "ours"
 ERROR_FACTOR = 10.0
-GRADIENT = "gradient of "
-
-Value = Tensor | Sequence[Tensor]
-"""One tensor, or one for each expert."""
-Outputs = Mapping[str, Value]
-Candidate = Callable[[], Outputs]
-Function = Callable[..., Mapping[str, Tensor]]
-Product = tuple[Tensor, Tensor, Tensor]
-"""The two factors and the tensor that the product is written to."""
-Stopwatch = Callable[[Candidate, int], float]
-"""Seconds a call, of a candidate that is called so many times."""
+SLOW_FACTOR = 10.0
+SLOW_ROUNDS = 3
+UNSTEADY = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,9 @@ class Case:
     """The same in float64."""
     plain: str
     """The candidate whose error sets the budget."""
-    limit: str | None = None
-    """The candidate that does only what cannot be avoided; it has no outputs."""
+    work: Work
+    bare: str | None = None
+    """The candidate that does the matrix products, or the copies, and nothing else; it has no outputs."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,8 @@ class Benchmark:
     directions: tuple[str, ...] = (FORWARD, BOTH)
     routings: tuple[str, ...] = ("balanced", "zipf")
     """The routings of a workload that make a difference."""
+    weigh: bool = False
+    """Whether the peak memory of forward and backward is measured."""
 
 
 @dataclass
@@ -74,18 +70,27 @@ class Row:
     candidate: str
     note: str = ""
     """Why there is no speed."""
+    remarks: list[str] = field(default_factory=list)
+    """What to know about the speed."""
     forward_error: float | None = None
     """Relative Frobenius error against float64, of the worst output."""
     gradient_error: float | None = None
     """The same of the worst gradient."""
     calls: int = 0
     """Calls a sample."""
+    rounds: int = 0
+    """In how many rounds it takes part, from the first one on."""
     seconds: list[float] = field(default_factory=list)
     """A call, in every round."""
     median: float | None = None
     quartiles: tuple[float, float] | None = None
+    unsteady: bool = False
+    """Whether the medians of the two halves of the rounds disagree."""
     ratio_to_ours: float | None = None
+    ratio_to_bare: float | None = None
     ratio_to_limit: float | None = None
+    peak_bytes: int | None = None
+    """Peak memory of a call beyond inputs, parameters and gradients."""
 
 
 @dataclass(frozen=True)
@@ -96,83 +101,21 @@ class Result:
     workload: Workload
     direction: str
     plain: str
-    limit: str | None
+    bare: str | None
+    work: Work
+    rates: Rates
+    """The medians of what the probes gave."""
+    limit_seconds: float
+    """The median over the rounds of the least time that the rates of the round allow."""
     rows: list[Row]
 
     def row(self, candidate: str) -> Row:
         return next(row for row in self.rows if row.candidate == candidate)
 
     def fastest_peer(self) -> Row | None:
-        """The fastest candidate that is neither ours nor the limit, None where none has a speed."""
-        peers = [row for row in self.rows if row.candidate not in (OURS, self.limit) and row.median is not None]
+        """The fastest candidate that is neither ours nor the bare one, None where none has a speed."""
+        peers = [row for row in self.rows if row.candidate not in (OURS, self.bare) and row.median is not None]
         return min(peers, key=lambda row: row.median or math.inf, default=None)
-
-
-def _tensors(values: Mapping[str, Value]) -> list[Tensor]:
-    return [tensor for value in values.values() for tensor in ([value] if isinstance(value, Tensor) else value)]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the functions of a case are called with, and differentiated by."""
-
-    leaves: Mapping[str, Tensor]
-    """Arguments by name; made to require a gradient."""
-    cotangent: Tensor | None = None
-    """Where there is one, gradients are computed: of the product of this with a function's first output."""
-    others: Mapping[str, object] = field(default_factory=dict)
-    """Further arguments by name."""
-
-    def __post_init__(self) -> None:
-        for leaf in self.leaves.values():
-            leaf.requires_grad_()
-
-    def candidate(self, function: Function, leaves: Mapping[str, Value] | None = None) -> Candidate:
-        """A call of ``function``, whose result has its outputs and the gradient of each leaf as "gradient of <leaf>".
-
-        Without a cotangent it runs under ``no_grad``. ``leaves`` replaces those of the problem by the same in another
-        form.
-        """
-        given: Mapping[str, Value] = self.leaves if leaves is None else leaves
-
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return function(**given, **self.others)
-
-        def both() -> Outputs:
-            outputs = function(**given, **self.others)
-            gradients = iter(torch.autograd.grad(next(iter(outputs.values())), _tensors(given), self.cotangent))
-            result: dict[str, Value] = {name: output.detach() for name, output in outputs.items()}
-            for name, leaf in given.items():
-                result[GRADIENT + name] = (
-                    next(gradients) if isinstance(leaf, Tensor) else [next(gradients) for _ in leaf]
-                )
-            return result
-
-        return forward if self.cotangent is None else both
-
-    def exact(self, function: Function) -> Candidate:
-        """The same call in float64, our operators in it on the reference backend."""
-        leaves = {name: leaf.detach().double() for name, leaf in self.leaves.items()}
-        cotangent = None if self.cotangent is None else self.cotangent.double()
-        run = Problem(leaves, cotangent, self.others).candidate(function)
-
-        def on_reference() -> Outputs:
-            with backend.force("reference"):
-                return run()
-
-        return on_reference
-
-
-def bare_products(products: Sequence[Product]) -> Candidate:
-    """The matrix products alone, into memory that is already there."""
-
-    def run() -> Outputs:
-        for left, right, out in products:
-            torch.mm(left, right, out=out)
-        return {}
-
-    return run
 
 
 def _relative_error(value: Value, right: Value) -> float:
@@ -203,6 +146,13 @@ def _verdict(kind: str, error: float | None, plain: float | None, eps: float) ->
     return f"{kind} error {error:.1e} is out of the budget of {budget:.1e}"
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, with its kind where that tells something."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    kind = "" if isinstance(error, RuntimeError) and line else type(error).__name__
+    return ": ".join(filter(None, (kind, line)))
+
+
 def _judge(case: Case) -> list[Row]:
     """A row for each candidate with its errors, and with a note where it does not run or is out of budget."""
     right = case.exact()
@@ -213,12 +163,14 @@ def _judge(case: Case) -> list[Row]:
         row = Row(name)
         rows.append(row)
         try:
-            found = errors(run(), right)
-        except RuntimeError as error:  # what torch raises for a peer that this device, dtype or shape does not have
+            outputs = run()
+        except Exception as error:  # whatever a peer fails by, the table goes on without it
             if name in (OURS, case.plain):
                 raise
-            row.note = f"does not run here: {str(error).strip().splitlines()[0]}"
+            absent = isinstance(error, ImportError)
+            row.note = f"not installed: {error}" if absent else f"does not run here: {_reason(error)}"
             continue
+        found = errors(outputs, right)
         notes = [_verdict(*which, eps) for which in zip(("forward", "gradient"), found, plain, strict=True)]
         row.note = "; ".join(filter(None, notes))
         # JSON has no infinity; the note tells it.
@@ -226,50 +178,70 @@ def _judge(case: Case) -> list[Row]:
     return rows
 
 
-def stopwatch(
-    device: torch.device, timer: Callable[[], float] = time.perf_counter
-) -> Callable[[Candidate, int], float]:
-    """A function of a candidate and a number of calls that gives the seconds a call, the device's work included."""
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    def seconds(run: Candidate, calls: int) -> float:
-        wait()
-        begun = timer()
-        for _ in range(calls):
-            run()
-        wait()
-        return (timer() - begun) / calls
-
-    return seconds
-
-
-def _ratio(row: Row, other: Row | None) -> float | None:
-    if other is None or not row.seconds or not other.seconds:
-        return None
-    return statistics.median(a / b for a, b in zip(row.seconds, other.seconds, strict=True))
-
-
-def measure(case: Case, seconds: Stopwatch, *, rounds: int, sample_seconds: float) -> Result:
-    """Judge the candidates of ``case``, time with ``seconds`` those that may be timed."""
-    rows = _judge(case)
+def _calibrate(case: Case, rows: list[Row], seconds: Stopwatch, rounds: int, sample_seconds: float) -> list[Row]:
+    """Those of ``rows`` that can be timed, with the number of their calls and rounds."""
+    once: dict[str, float] = {}
+    for row in rows:
+        if not row.note:
+            try:
+                once[row.candidate] = seconds(case.candidates[row.candidate], 1)
+            except RuntimeError as error:  # no CUDA graph can hold it
+                row.note = f"cannot be timed so: {_reason(error)}"
     timed = [row for row in rows if not row.note]
     for row in timed:
-        once = seconds(case.candidates[row.candidate], 1)
-        row.calls = max(1, math.ceil(sample_seconds / max(once, 1e-9)))
+        row.calls, row.rounds = max(1, math.ceil(sample_seconds / max(once[row.candidate], 1e-9))), rounds
+        times = once[row.candidate] / once.get(OURS, math.inf)
+        if times > SLOW_FACTOR and rounds > SLOW_ROUNDS:
+            row.rounds = SLOW_ROUNDS
+            row.remarks.append(f"{SLOW_ROUNDS} rounds, since a call takes about {times:.0f} times as long as ours")
+    return timed
+
+
+def disagreement(values: list[float]) -> float:
+    """By how much the medians of the first and the second half of ``values`` differ, relative to the smaller."""
+    middle = len(values) // 2
+    if not middle:
+        return 0.0
+    low, high = sorted((statistics.median(values[:middle]), statistics.median(values[middle:])))
+    return high / low - 1
+
+
+def _ratio(row: Row, others: list[float]) -> float | None:
+    """The median of the ratios within the rounds that both took part in."""
+    ratios = [a / b for a, b in zip(row.seconds, others, strict=False)]
+    return statistics.median(ratios) if ratios else None
+
+
+def measure(case: Case, seconds: Stopwatch, probes: Probes, *, rounds: int, sample_seconds: float) -> Result:
+    """Judge the candidates of ``case``, time with ``seconds`` those that may be timed."""
+    rows = _judge(case)
+    timed = _calibrate(case, rows, seconds, rounds, sample_seconds)
+    rates: list[Rates] = []
     for turn in range(rounds):
+        rates.append(probes.rates(seconds(probes.product, 1), seconds(probes.copy, 1)))
         first = turn % len(timed) if timed else 0
         for row in timed[first:] + timed[:first]:
-            row.seconds.append(seconds(case.candidates[row.candidate], row.calls))
+            if turn < row.rounds:
+                row.seconds.append(seconds(case.candidates[row.candidate], row.calls))
 
-    result = Result(case.operator, case.workload, case.direction, case.plain, case.limit, rows)
+    limits = [rate.seconds(case.work) for rate in rates]
+    median_rates = Rates(
+        *(statistics.median(values) for values in zip(*((r.flops, r.bytes) for r in rates), strict=True))
+    )
+    limit = statistics.median(limits)
+    result = Result(
+        case.operator, case.workload, case.direction, case.plain, case.bare, case.work, median_rates, limit, rows
+    )
     for row in timed:
         row.median = statistics.median(row.seconds)
         row.quartiles = _quartiles(row.seconds)
-        row.ratio_to_ours = _ratio(row, result.row(OURS))
-        row.ratio_to_limit = None if case.limit is None else _ratio(row, result.row(case.limit))
+        row.ratio_to_ours = _ratio(row, result.row(OURS).seconds)
+        row.ratio_to_bare = None if case.bare is None else _ratio(row, result.row(case.bare).seconds)
+        row.ratio_to_limit = _ratio(row, limits) if limit else None
+        difference = disagreement(row.seconds)
+        row.unsteady = difference > UNSTEADY
+        if row.unsteady:
+            row.remarks.append(f"unsteady: the medians of the halves differ by {difference:.0%}")
     return result
 
 

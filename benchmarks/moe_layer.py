@@ -1,7 +1,7 @@
 """``moe_layer``: the whole layer, ``moe_kernels.nn.MoE`` with its cosine router.
 
-Peers: the plain PyTorch router in front of the peers of ``expert_ffn``. Limit: the products of both. The tokens are
-made so that the router spreads them as the workload says.
+Peers: the plain PyTorch router in front of the peers of ``expert_ffn``, compiled with it where they are. Bare: the
+products of both. The tokens are made so that the router spreads them as the workload says.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from moe_kernels.benchmarks import expert_ffn, routing
-from moe_kernels.benchmarks.harness import BOTH, OURS, Benchmark, Case, Function, Problem, bare_products
+from moe_kernels.benchmarks.candidates import BOTH, OURS, Function, Problem, bare_products
+from moe_kernels.benchmarks.harness import Benchmark, Case
+from moe_kernels.benchmarks.limits import Work
+from moe_kernels.benchmarks.peers import PARAMETERS, candidates
 from moe_kernels.benchmarks.workloads import SEED, Draw, Workload, steer
 from moe_kernels.nn import MoE
 
@@ -45,10 +47,23 @@ def _behind_router(experts_function: Function, top_k: int) -> Function:
     def layer(x: Tensor, **parameters: Tensor) -> Mapping[str, Tensor]:
         logits = routing.plain_logits(x, **{name: parameters[key] for name, key in _ROUTER.items()})
         gates, experts = logits.softmax(1).topk(top_k)
-        weights = {name: parameters[name] for name in expert_ffn.PARAMETERS}
+        weights = {name: parameters[name] for name in PARAMETERS}
         return experts_function(x, **weights, gates=gates, experts=experts)
 
     return layer
+
+
+def work(workload: Workload, direction: str) -> Work:
+    """The products of router and experts; tokens and parameters in, tokens or gradients out, routing stays inside."""
+    flops = routing.work(workload, direction).flops + expert_ffn.work(workload, direction).flops
+    size, dim, hidden_dim = workload.torch_dtype.itemsize, workload.dim, workload.hidden_dim
+    router = workload.projection_dim * (dim + 1 + workload.num_experts) + 1
+    parameters = (router + workload.num_experts * (2 * dim * hidden_dim + dim + hidden_dim)) * size
+    tokens = workload.tokens * dim * size
+    forward = tokens + parameters + tokens
+    if direction != BOTH:
+        return Work(flops, forward)
+    return Work(flops, forward + (tokens + tokens + parameters) + (tokens + parameters))
 
 
 def _build(workload: Workload, direction: str, device: torch.device) -> Case:
@@ -70,24 +85,22 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     def ours(x: Tensor, **_: Tensor) -> Mapping[str, Tensor]:
         return {"y": layer(x)}
 
-    def meaning(x: Tensor, **parameters: Tensor) -> Mapping[str, Tensor]:
-        return {"y": functional_call(layer, parameters, (x,))}
-
-    peers = {
-        name: problem.candidate(_behind_router(peer, workload.top_k), expert_ffn.split(leaves) if apart else None)
-        for name, (peer, apart) in expert_ffn.PEERS.items()
-    }
     bare = routing.products(x, projection, direction)
     bare += expert_ffn.products(x, parameters["w1"], parameters["w2"], experts, direction)
     return Case(
         "moe_layer",
         workload,
         direction,
-        candidates={OURS: problem.candidate(ours), **peers, "bare products": bare_products(bare)},
-        exact=problem.exact(meaning),
+        candidates={
+            OURS: problem.candidate(ours),
+            **candidates(problem, expert_ffn.PEERS, lambda peer: _behind_router(peer, workload.top_k)),
+            "bare products": bare_products(bare),
+        },
+        exact=problem.exact(_behind_router(expert_ffn.EXACT, workload.top_k)),
         plain=expert_ffn.PLAIN,
-        limit="bare products",
+        work=work(workload, direction),
+        bare="bare products",
     )
 
 
-BENCHMARK = Benchmark(_build)
+BENCHMARK = Benchmark(_build, weigh=True)

@@ -1,8 +1,8 @@
 """``routing``: the cosine router.
 
 Peers: the same in plain PyTorch, once the gates and experts alone and once with the statistics that ours brings along
-(counts, importance, z, entropy). Limit: the projection, and in the backward its two products; the products with the
-E embeddings are left out of it.
+(counts, importance, z, entropy), and ``torch.compile`` of the first. Bare: the projection, and in the backward its two
+products; the products with the E embeddings are left out of it, not out of the limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.benchmarks.harness import BOTH, OURS, Benchmark, Case, Problem, Product, bare_products
+from moe_kernels.benchmarks.candidates import BOTH, OURS, Problem, Product, bare_products
+from moe_kernels.benchmarks.harness import Benchmark, Case
+from moe_kernels.benchmarks.inductor import PREFIX, compiled
+from moe_kernels.benchmarks.limits import Work
 from moe_kernels.benchmarks.workloads import Draw, Workload, steer
 from moe_kernels.ops.routing import route
 from moe_kernels.reference.routing import MAX_LOG_SCALE
@@ -27,10 +30,11 @@ def _ours(
 
 
 def plain_logits(x: Tensor, projection: Tensor, bias: Tensor, embedding: Tensor, log_scale: Tensor) -> Tensor:
-    """Cosine logits (T, E) in float32; the norm divides the E numerators and not the p projected features."""
-    projected = F.linear(x.float(), projection.float(), bias.float())
-    numerators = F.linear(projected, F.normalize(embedding.float(), dim=1))
-    scale = log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+    """Cosine logits (T, E) in float32 (float64 for float64); the norm divides the E numerators, not the p features."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    projected = F.linear(x.to(dtype), projection.to(dtype), bias.to(dtype))
+    numerators = F.linear(projected, F.normalize(embedding.to(dtype), dim=1))
+    scale = log_scale.to(dtype).clamp(max=MAX_LOG_SCALE).exp()
     norms: Tensor = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
     return numerators * (scale / norms)
 
@@ -64,6 +68,19 @@ def products(x: Tensor, projection: Tensor, direction: str) -> list[Product]:
     return forward + backward if direction == BOTH else forward
 
 
+def work(workload: Workload, direction: str) -> Work:
+    """The projection to p features and the E cosines of them; forward x → gates and ids, backward gates → gradients."""
+    tokens, width, size = workload.tokens, workload.projection_dim, workload.torch_dtype.itemsize
+    flops = 2 * tokens * width * (workload.dim + workload.num_experts)
+    x = tokens * workload.dim * size
+    parameters = (width * (workload.dim + 1 + workload.num_experts) + 1) * size
+    gates, ids = 4 * tokens * workload.top_k, 8 * tokens * workload.top_k
+    forward = x + parameters + gates + ids
+    if direction != BOTH:
+        return Work(flops, forward)
+    return Work(3 * flops, forward + x + parameters + gates + ids + x + parameters)
+
+
 def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     dim, width = workload.dim, workload.projection_dim
@@ -81,11 +98,13 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
             OURS: problem.candidate(_ours),
             "plain PyTorch": problem.candidate(_plain),
             "plain + statistics": problem.candidate(_plain_with_statistics),
+            f"{PREFIX}plain": problem.candidate(compiled(_plain)),
             "bare products": bare_products(products(x, projection, direction)),
         },
         exact=problem.exact(_ours),
         plain="plain PyTorch",
-        limit="bare products",
+        work=work(workload, direction),
+        bare="bare products",
     )
 
 

@@ -1,4 +1,4 @@
-"""What is measured on: the mixture-of-experts layer of GMoE-S/16, and tiny shapes for a smoke test.
+"""What is measured on: the mixture-of-experts layer of GMoE-S/16, a large one, and tiny shapes for a smoke test.
 
 Every tensor is drawn on the CPU from one seed, so that it is the same on every device.
 """
@@ -37,20 +37,31 @@ class Workload:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    @property
-    def sizes(self) -> str:
-        """What the workloads of a suite share."""
-        return f"d={self.dim} h={self.hidden_dim} E={self.num_experts} {self.dtype}"
-
     def __str__(self) -> str:
-        return f"T={self.tokens} k={self.top_k} {self.routing}"
+        return (
+            f"T={self.tokens} d={self.dim} h={self.hidden_dim} E={self.num_experts} k={self.top_k} "
+            f"{self.routing} {self.dtype}"
+        )
 
 
 IMAGE = 197  # tokens of a 224 × 224 image in patches of 16 × 16, with the class token
-FULL = (
-    *(Workload(32 * IMAGE, top_k, routing) for top_k in (1, 2) for routing in ("balanced", "zipf")),
-    *(Workload(IMAGE, top_k, "balanced") for top_k in (1, 2)),
-)
+ROUTINGS = ("balanced", "zipf")
+
+
+def _gmoe(images: int, routings: tuple[str, ...] = ROUTINGS) -> tuple[Workload, ...]:
+    return tuple(Workload(images * IMAGE, top_k, routing) for top_k in (1, 2) for routing in routings)
+
+
+def _large(tokens: int) -> tuple[Workload, ...]:
+    return tuple(Workload(tokens, 2, routing, dim=1024, hidden_dim=4096, num_experts=32) for routing in ROUTINGS)
+
+
+SUITES = {
+    "cpu": {"batch": _gmoe(32), "image": _gmoe(1, ("balanced",)), "large": _large(4096)},
+    # GMoE trains on 32 images from each of three domains.
+    "cuda": {"batch": _gmoe(96), "image": _gmoe(1, ("balanced",)), "large": _large(65536)},
+}
+"""Kind of device → name of the suite → its workloads."""
 QUICK = tuple(
     Workload(40, top_k, routing, dim=16, hidden_dim=32, num_experts=4, projection_dim=8)
     for top_k, routing in ((1, "balanced"), (2, "zipf"))

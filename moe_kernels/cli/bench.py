@@ -1,10 +1,12 @@
 """``moe-kernels bench``: the operators beside their peers and beside the physical limit, on this machine."""
 
 import dataclasses
+import importlib.metadata
 import os
 import shlex
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,26 +18,35 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_kernels import backend, benchmarks
-from moe_kernels.benchmarks import harness, registry, report, workloads
+from moe_kernels.benchmarks import harness, limits, memory, registry, report, stopwatches, workloads
+from moe_kernels.benchmarks.candidates import OURS
 from moe_kernels.cli import doctor
 
 # A sample shorter than this is repeated: the clock and the scheduler disturb it too much.
 SAMPLE_SECONDS = 0.02
 QUICK_ROUNDS = 3
+# Distributions that the figures depend on, stated where they are installed.
+LIBRARIES = ("triton", "transformers", "tutel", "scattermoe", "megablocks", "sonic-moe")
+SUITES = tuple(workloads.SUITES["cpu"])
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, the first row its head."""
+    """Print a table, the first row its head; notes, which are long, stand below it."""
+    head, *lines = rows
+    width = len(head) - (head[-1] == "note")
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left", no_wrap=name != "note")
-    for row in rows[1:]:
-        table.add_row(*row)
+    for index, name in enumerate(head[:width]):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line[:width])
     console = Console()
-    console.width = max(console.width, 90)  # in a log, whose width is taken for 80, nothing is cut
+    console.width = max(console.width, 130)  # in a log, whose width is taken for 80, nothing is cut
     console.print(table)
+    for line in lines:
+        if note := "".join(line[width:]):
+            typer.echo(f"  {line[0]}: {note}")
 
 
 def _one_of(valid: tuple[str, ...], values: list[str]) -> list[str]:
@@ -67,16 +78,27 @@ def commit() -> str | None:
         return None
 
 
-def environment(device: torch.device, command: Sequence[str], rounds: int, quick: bool) -> dict[str, Any]:
+def versions() -> dict[str, str | None]:
+    """Distribution name → version, of what the figures depend on and is installed."""
+    everything = doctor.versions()
+    found = {name: everything[name] for name in ("moe-kernels", "python", "torch")}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def environment(
+    device: torch.device, command: Sequence[str], rounds: int, stopwatch: str, quick: bool
+) -> dict[str, Any]:
     """What the figures depend on besides the code of the case."""
-    versions = doctor.versions()
     processor, *others = doctor.devices()
     accelerator = [f"{row['name']}, {row['detail']}" for row in others if row["device"].startswith(device.type)]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "commit": commit(),
-        "versions": {name: versions[name] for name in ("moe-kernels", "python", "torch")},
+        "versions": versions(),
         "backend": backend.choose(device.type),
         "machine": {
             "device": device.type,
@@ -87,8 +109,21 @@ def environment(device: torch.device, command: Sequence[str], rounds: int, quick
             "accelerator": accelerator[0] if accelerator else None,
         },
         "rounds": rounds,
+        "stopwatch": stopwatch,
         "quick": quick,
     }
+
+
+def _device() -> torch.device:
+    """The accelerator if there is one, else the processor."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _suite(device: torch.device, names: Sequence[str], dtype: str, quick: bool) -> list[workloads.Workload]:
+    suites = workloads.SUITES.get(device.type, workloads.SUITES["cpu"])
+    chosen = workloads.QUICK if quick else [workload for name in names for workload in suites[name]]
+    return [dataclasses.replace(workload, dtype=dtype) for workload in chosen]
 
 
 @app.command()
@@ -96,49 +131,72 @@ def bench(
     operators: Annotated[
         list[str] | None, typer.Argument(help=f"Of {', '.join(registry.BENCHMARKS)}; all of them by default.")
     ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(SUITES)}; repeat it for several; all of them by default.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every candidate is timed.")] = 15,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes, to see that everything runs; the figures mean nothing.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, its own choice by default.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of {', '.join(workloads.DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of {', '.join(workloads.DTYPES)}; float32 on a CPU, bfloat16 on a GPU.")
+    ] = None,
+    stopwatch: Annotated[
+        str, typer.Option(help="wall: what a caller waits for. graph: replays of a CUDA graph, on a GPU.")
+    ] = "wall",
+    weigh: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory too, each candidate in a process of its own.")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Folder; benchmarks/results in the repository, else the current one.")
     ] = None,
 ) -> None:
-    """Measure operators on the accelerator if there is one, else on the processor; write JSON and Markdown.
+    """Measure operators on the accelerator if there is one, else on the processor; write JSON, Markdown and a picture.
 
     Every candidate is first compared with float64. The exit status is 1 if one of ours is out of its error budget.
     """
+    device = _device()
     chosen = _one_of(tuple(registry.BENCHMARKS), operators or list(registry.BENCHMARKS))
+    suites = _one_of(SUITES, suite or list(SUITES))
+    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     _one_of(workloads.DTYPES, [dtype])
+    _one_of(tuple(stopwatches.STOPWATCHES), [stopwatch])
+    if stopwatch == "graph" and device.type != "cuda":
+        raise typer.BadParameter(f"--stopwatch=graph needs a CUDA device, got {device.type}")
     if threads is not None:
         torch.set_num_threads(threads)
     rounds = min(rounds, QUICK_ROUNDS) if quick else rounds
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator() or device
-    suite = [dataclasses.replace(w, dtype=dtype) for w in (workloads.QUICK if quick else workloads.FULL)]
 
-    command = ["moe-kernels", "bench", *(operators or ()), f"--rounds={rounds}", f"--dtype={dtype}"]
-    command += ["--quick"] * quick + ([] if threads is None else [f"--threads={threads}"])
-    found = environment(device, command, rounds, quick)
+    command = ["moe-kernels", "bench", *(operators or ()), *(f"--suite={name}" for name in suite or ())]
+    command += [f"--rounds={rounds}", f"--dtype={dtype}", f"--stopwatch={stopwatch}"]
+    command += (
+        ["--quick"] * quick + ["--no-memory"] * (not weigh) + ([] if threads is None else [f"--threads={threads}"])
+    )
+    found = environment(device, command, rounds, stopwatch, quick)
     sample_seconds = 0.0 if quick else SAMPLE_SECONDS
+    probes = limits.probes(device, getattr(torch, dtype), quick=quick)
     inaccurate = []
     for operator in chosen:
-        results = []
-        for case in registry.cases(operator, suite, device):
-            result = harness.measure(case, harness.stopwatch(device), rounds=rounds, sample_seconds=sample_seconds)
+        results: list[harness.Result] = []
+        written: list[Path] = []
+        for case in registry.cases(operator, _suite(device, suites, dtype, quick), device):
+            seconds = stopwatches.STOPWATCHES[stopwatch](device)
+            result = harness.measure(case, seconds, probes, rounds=rounds, sample_seconds=sample_seconds)
+            if weigh and not quick and registry.weighed(case):
+                memory.weigh_rows(case, result, device)
             results.append(result)
+            written = report.save(out or default_folder(), operator, results, found)  # kept if the next case is stopped
             _show(f"{operator}, {report.title(result)}", report.case_rows(result))
-            if result.row(harness.OURS).note:
-                inaccurate.append(f"{operator}, {report.title(result)}: {result.row(harness.OURS).note}")
-        _show(report.heading(operator, results), report.summary_rows(results))
+            typer.echo(report.limit(result))
+            if result.row(OURS).note:
+                inaccurate.append(f"{operator}, {report.title(result)}: {result.row(OURS).note}")
+        _show(operator, report.summary_rows(results))
         typer.echo(report.conclusion(results))
-        typer.echo("Written: " + ", ".join(map(str, report.save(out or default_folder(), operator, results, found))))
+        typer.echo("Written: " + ", ".join(map(str, written)))
     if quick:
         typer.echo("--quick: these figures mean nothing.")
     for line in inaccurate:
-        typer.echo(f"error: ours is inaccurate: {line}", err=True)
+        typer.echo(f"error: ours has no speed: {line}", err=True)
     if inaccurate:
         raise typer.Exit(1)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moe_kernels import backend
-from moe_kernels.benchmarks import harness
-from moe_kernels.benchmarks.harness import OURS, Case, Problem
+from moe_kernels.benchmarks import candidates, harness
+from moe_kernels.benchmarks.candidates import OURS, Problem
+from moe_kernels.benchmarks.harness import Case
+from moe_kernels.benchmarks.limits import Probes, Rates, Work
 from moe_kernels.benchmarks.workloads import Workload
 
 WORKLOAD = Workload(4, 1, "balanced")
@@ -19,30 +21,37 @@ def off_by(forward: float, gradient: float = 0.0):
     return lambda: {"y": EXACT["y"] * (1 + forward), "gradient of x": EXACT["gradient of x"] * (1 + gradient)}
 
 
-def case(limit=None, **candidates):
-    candidates = {OURS: off_by(0), "plain": off_by(0), **candidates}
-    return Case("toy", WORKLOAD, harness.BOTH, candidates, lambda: EXACT, plain="plain", limit=limit)
+def case(bare=None, work=None, **others):
+    runs = {OURS: off_by(0), "plain": off_by(0), **others}
+    work = work or Work(flops=100, bytes=100)
+    return Case("toy", WORKLOAD, candidates.BOTH, runs, lambda: EXACT, plain="plain", work=work, bare=bare)
+
+
+PROBES = Probes(product=lambda: {}, copy=lambda: {}, work=Work(flops=1000, bytes=50))
 
 
 class Times:
     """A stopwatch that reads off what it is told: a time, or a list of them of which the first is the calibration."""
 
     def __init__(self, case, **times):
-        self.times = {
-            case.candidates[name]: iter(t if isinstance(t, list) else [t] * 1000) for name, t in times.items()
-        }
+        runs = {**case.candidates, "product": PROBES.product, "copy": PROBES.copy}
+        self.times = {runs[name]: iter(t if isinstance(t, list) else [t] * 1000) for name, t in times.items()}
         self.names = {run: name for name, run in case.candidates.items()}
         self.log = []
 
     def __call__(self, run, calls):
-        self.log.append((self.names[run], calls))
-        return next(self.times[run])
+        if run in self.names:
+            self.log.append((self.names[run], calls))
+        found = next(self.times[run])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def measured(case, rounds=3, sample_seconds=0.0, **times):
-    times = {name: 1.0 for name in case.candidates} | times
+    times = {name: 1.0 for name in case.candidates} | {"product": 1.0, "copy": 1.0} | times
     stopwatch = Times(case, **times)
-    return harness.measure(case, stopwatch, rounds=rounds, sample_seconds=sample_seconds), stopwatch.log
+    return harness.measure(case, stopwatch, PROBES, rounds=rounds, sample_seconds=sample_seconds), stopwatch.log
 
 
 def test_ratio_is_the_median_of_the_ratios_within_a_round():
@@ -52,17 +61,66 @@ def test_ratio_is_the_median_of_the_ratios_within_a_round():
     assert result.row(OURS).ratio_to_ours == 1.0
 
 
-def test_ratio_to_the_limit():
-    result, _ = measured(case(limit="bare", bare=lambda: {}), ours=[9.0, 3.0, 4.0, 6.0], bare=[9.0, 2.0, 2.0, 2.0])
-    assert result.row(OURS).ratio_to_limit == 2.0
-    assert result.row("bare").ratio_to_limit == 1.0
-    assert result.row("bare").forward_error is None
-    assert result.row("bare").gradient_error is None
+def test_ratio_to_the_bare_one():
+    result, _ = measured(case(bare="bare copies", **{"bare copies": lambda: {}}), ours=[9.0, 3.0, 4.0, 6.0],
+                         **{"bare copies": [9.0, 2.0, 2.0, 2.0]})  # fmt: skip
+    assert result.row(OURS).ratio_to_bare == 2.0
+    assert result.row("bare copies").ratio_to_bare == 1.0
+    assert result.row("bare copies").forward_error is None
+    assert result.row("bare copies").gradient_error is None
 
 
-def test_no_limit_no_ratio_to_it():
+def test_nothing_bare_no_ratio_to_it():
     result, _ = measured(case())
+    assert result.row(OURS).ratio_to_bare is None
+
+
+def test_limit_follows_the_rates_of_each_round():
+    # The probes do 1000 FLOP and 50 bytes; the case has 100 of each.
+    result, _ = measured(case(), ours=[9.0, 1.0, 8.0, 3.0], product=[1.0, 50.0, 1.0], copy=[0.5, 0.5, 1.0])
+    assert result.limit_seconds == 2.0  # of 1 (copy), 5 (product) and 2 (copy)
+    assert result.row(OURS).ratio_to_limit == 1.5  # of 1, 1.6 and 1.5
+    assert result.rates == Rates(flops=1000.0, bytes=100.0)
+
+
+def test_work_of_nothing_has_no_ratio_to_the_limit():
+    result, _ = measured(case(work=Work(0, 0)))
     assert result.row(OURS).ratio_to_limit is None
+
+
+def test_slow_candidate_sits_out_all_but_the_first_rounds():
+    result, log = measured(case(peer=off_by(0)), rounds=5, ours=[1.0, 1.0, 2.0, 4.0, 4.0, 4.0], peer=11.0)
+    row = result.row("peer")
+    assert len(row.seconds) == harness.SLOW_ROUNDS
+    assert row.remarks == ["3 rounds, since a call takes about 11 times as long as ours"]
+    assert row.ratio_to_ours == 5.5  # of 11, 5.5 and 2.75
+    assert len(result.row(OURS).seconds) == 5
+    assert [name for name, _ in log].count("peer") == 1 + harness.SLOW_ROUNDS
+
+
+def test_ten_times_is_not_slow():
+    result, _ = measured(case(peer=off_by(0)), rounds=5, peer=10.0)
+    assert len(result.row("peer").seconds) == 5
+    assert result.row("peer").remarks == []
+
+
+def test_medians_of_the_halves_that_disagree_are_marked():
+    result, _ = measured(case(), rounds=5, ours=[9.0, 1.0, 1.0, 1.2, 1.2, 1.2], plain=[9.0, 1.0, 9.0, 1.0, 9.0, 5.4])
+    assert result.row(OURS).unsteady
+    assert result.row(OURS).remarks == ["unsteady: the medians of the halves differ by 20%"]
+    assert not result.row("plain").unsteady
+    assert harness.disagreement([1.0]) == 0.0
+    assert harness.disagreement([2.0, 1.0]) == 1.0
+
+
+def test_candidate_that_the_stopwatch_refuses_says_so():
+    failure = RuntimeError("stream is capturing\nmore")
+    result, _ = measured(case(peer=off_by(0)), peer=[failure])
+    assert result.row("peer").note == "cannot be timed so: stream is capturing"
+    assert result.row("peer").median is None
+    result, _ = measured(case(), ours=[failure])
+    assert result.row(OURS).note
+    assert result.row("plain").median == 1.0
 
 
 def test_every_candidate_once_a_round_in_rotated_order():
@@ -107,13 +165,8 @@ def test_inaccurate_candidate_has_no_speed(candidate, kind):
     row = result.row("peer")
     assert row.note.startswith(f"{kind} error")
     assert "out of the budget of 1.2e-07" in row.note
-    assert (row.seconds, row.median, row.quartiles, row.ratio_to_ours, row.ratio_to_limit) == (
-        [],
-        None,
-        None,
-        None,
-        None,
-    )
+    assert row.seconds == []
+    assert {row.median, row.quartiles, row.ratio_to_ours, row.ratio_to_bare, row.ratio_to_limit} == {None}
     assert "peer" not in {name for name, _ in log}
     assert result.fastest_peer().candidate == "plain"
 
@@ -154,15 +207,26 @@ def test_peer_that_does_not_run_says_why():
     assert "peer" not in {name for name, _ in log}
 
 
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (ModuleNotFoundError("No module named 'x'"), "not installed: No module named 'x'"),
+        (AssertionError("E % 4"), "does not run here: AssertionError: E % 4"),
+        (AssertionError(), "does not run here: AssertionError"),
+        (torch.OutOfMemoryError("out of memory"), "does not run here: out of memory"),
+        (NotImplementedError(), "does not run here: NotImplementedError"),
+    ],
+)
+def test_however_a_peer_fails_its_row_says_so(error, note):
+    result, _ = measured(case(peer=raising(error)))
+    assert result.row("peer").note == note
+    assert result.row(OURS).median == 1.0
+
+
 @pytest.mark.parametrize("name", [OURS, "plain"])
 def test_ours_and_plain_must_run(name):
     with pytest.raises(RuntimeError, match="broken"):
         measured(case(**{name: raising(RuntimeError("broken"))}))
-
-
-def test_mistake_in_a_peer_is_not_taken_for_a_missing_one():
-    with pytest.raises(TypeError, match="mistake"):
-        measured(case(peer=raising(TypeError("mistake"))))
 
 
 def test_result_of_another_shape_is_an_error():
@@ -228,20 +292,7 @@ def test_exact_is_float64_on_the_reference():
     assert result["gradient of x"].dtype == torch.float64
 
 
-def test_stopwatch_divides_by_the_calls():
-    now = [0.0]
-
-    def run():
-        now[0] += 3.0
-        return {}
-
-    seconds = harness.stopwatch(torch.device("cpu"), lambda: now[0])
-    assert seconds(run, 1) == 3.0
-    assert seconds(run, 4) == 3.0
-    assert now == [15.0]
-
-
 def test_bare_products_write_where_they_are_told():
     left, right, out = torch.rand(3, 4), torch.rand(4, 5), torch.empty(3, 5)
-    assert harness.bare_products([(left, right, out)])() == {}
+    assert candidates.bare_products([(left, right, out)])() == {}
     torch.testing.assert_close(out, left @ right)

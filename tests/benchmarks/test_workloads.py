@@ -12,18 +12,30 @@ from moe_kernels.benchmarks.workloads import Draw, Workload, steer
 CPU = torch.device("cpu")
 
 
-def test_full_suite_is_the_layer_of_gmoe_small():
-    shapes = {(w.tokens, w.top_k, w.routing) for w in workloads.FULL}
-    assert {(6304, k, routing) for k in (1, 2) for routing in ("balanced", "zipf")} <= shapes
-    assert {(197, 1, "balanced"), (197, 2, "balanced")} <= shapes
-    assert {w.sizes for w in workloads.FULL} == {"d=384 h=1536 E=6 float32"}
+ALL = {device: [w for suite in suites.values() for w in suite] for device, suites in workloads.SUITES.items()}
 
 
-@pytest.mark.parametrize("suite", [workloads.FULL, workloads.QUICK])
-def test_a_suite_covers_both_counts_and_routings_in_one_size(suite):
+@pytest.mark.parametrize(("device", "images", "tokens"), [("cpu", 32, 4096), ("cuda", 96, 65536)])
+def test_suites_are_the_layer_of_gmoe_small_and_a_large_one(device, images, tokens):
+    batch, image, large = (
+        {(w.tokens, w.top_k, w.routing) for w in workloads.SUITES[device][name]} for name in ("batch", "image", "large")
+    )
+    assert batch == {(images * 197, k, routing) for k in (1, 2) for routing in ("balanced", "zipf")}
+    assert image == {(197, k, "balanced") for k in (1, 2)}
+    assert large == {(tokens, 2, routing) for routing in ("balanced", "zipf")}
+    sizes = {(w.dim, w.hidden_dim, w.num_experts) for w in ALL[device]}
+    assert sizes == {(384, 1536, 6), (1024, 4096, 32)}
+
+
+def test_every_device_has_the_same_suites():
+    assert {tuple(suites) for suites in workloads.SUITES.values()} == {("batch", "image", "large")}
+
+
+@pytest.mark.parametrize("suite", [*ALL.values(), workloads.QUICK], ids=[*ALL, "quick"])
+def test_workloads_cover_both_counts_and_routings(suite):
     assert {w.top_k for w in suite} == {1, 2}
     assert {w.routing for w in suite} == {"balanced", "zipf"}
-    assert len({w.sizes for w in suite}) == 1
+    assert len(set(map(str, suite))) == len(suite)
     assert all(w.tokens * w.hidden_dim < 2000 for w in workloads.QUICK)
 
 
@@ -49,7 +61,7 @@ def test_experts_of_a_token_are_distinct(workload):
 
 
 def test_same_workload_same_tensors():
-    one, other = (Draw(workloads.FULL[0], CPU) for _ in range(2))
+    one, other = (Draw(workloads.SUITES["cpu"]["batch"][0], CPU) for _ in range(2))
     assert torch.equal(one.normal(5, 5), other.normal(5, 5))
     assert torch.equal(one.experts(), other.experts())
     assert torch.equal(one.gates(), other.gates())

@@ -1,5 +1,6 @@
 """moe-kernels bench: what it writes, and what it refuses."""
 
+import functools
 import json
 import re
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_kernels.benchmarks import registry
-from moe_kernels.benchmarks.harness import FORWARD, OURS, Case
+from moe_kernels.benchmarks import memory, registry
+from moe_kernels.benchmarks.candidates import FORWARD, OURS
+from moe_kernels.benchmarks.harness import Case
+from moe_kernels.benchmarks.limits import Work
 from moe_kernels.benchmarks.workloads import QUICK
 from moe_kernels.cli import app, bench
 
@@ -18,6 +21,12 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Compiling every candidate takes minutes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def invoke(*arguments):
@@ -33,14 +42,20 @@ def test_all_operators_in_quick_mode(tmp_path):
     for operator, document in documents.items():
         assert document["operator"] == operator
         assert (document["quick"], document["rounds"]) == (True, bench.QUICK_ROUNDS)
-        assert document["command"] == "moe-kernels bench --rounds=3 --dtype=float32 --quick --threads=1"
-        assert set(document["versions"]) == {"moe-kernels", "python", "torch"}
+        assert document["command"] == (
+            "moe-kernels bench --rounds=3 --dtype=float32 --stopwatch=wall --quick --threads=1"
+        )
+        assert {"moe-kernels", "python", "torch"} <= set(document["versions"])
+        assert None not in document["versions"].values()
         assert document["machine"]["threads"] == 1
         assert document["machine"]["cores"] >= 1
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", document["commit"] or "0" * 40)
         for case in document["cases"]:
-            assert [len(row["seconds"]) for row in case["rows"]] == [bench.QUICK_ROUNDS] * len(case["rows"])
-        assert f"{operator}, d=16 h=32 E=4 float32" in result.output
+            assert case["rates"]["flops"] > 0 < case["rates"]["bytes"]
+            for row in case["rows"]:
+                assert len(row["seconds"]) == (0 if row["note"] else bench.QUICK_ROUNDS)
+                assert row["candidate"] in result.output
+        assert f"{operator}, T=40 d=16 h=32 E=4 k=1 balanced float32, forward" in result.output
     assert "these figures mean nothing" in result.output
 
 
@@ -51,7 +66,7 @@ def test_chosen_operator_rounds_and_dtype(tmp_path):
     document = json.loads(path.read_text())
     assert document["rounds"] == 2
     assert {case["workload"]["dtype"] for case in document["cases"]} == {"bfloat16"}
-    assert document["command"] == "moe-kernels bench dispatch --rounds=2 --dtype=bfloat16 --quick"
+    assert document["command"] == ("moe-kernels bench dispatch --rounds=2 --dtype=bfloat16 --stopwatch=wall --quick")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +75,8 @@ def test_chosen_operator_rounds_and_dtype(tmp_path):
         (["nonsense"], [*registry.BENCHMARKS, "'nonsense'"]),
         (["routing", "nonsense"], [*registry.BENCHMARKS, "'nonsense'"]),
         (["--dtype", "int8"], ["float32", "bfloat16", "float16", "'int8'"]),
+        (["--suite", "tiny"], ["batch", "image", "large", "'tiny'"]),
+        (["--stopwatch", "sun"], ["wall", "graph", "'sun'"]),
         (["--rounds", "0"], ["--rounds"]),
         (["--threads", "0"], ["--threads"]),
     ],
@@ -76,12 +93,13 @@ def test_ours_out_of_budget_is_written_and_fails(tmp_path, monkeypatch):
     def cases(operator, workloads, device):
         right = {"y": torch.ones(5)}
         candidates = {OURS: lambda: {"y": torch.zeros(5)}, "plain": lambda: right}
-        yield Case(operator, QUICK[0], FORWARD, candidates, lambda: right, plain="plain")
+        yield Case(operator, QUICK[0], FORWARD, candidates, lambda: right, plain="plain", work=Work(1, 1))
 
     monkeypatch.setattr(registry, "cases", cases)
     result = invoke("routing", "--quick", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "ours is inaccurate: routing, T=40 k=1 balanced, forward: forward error 1.0e+00" in result.stderr
+    case = "routing, T=40 d=16 h=32 E=4 k=1 balanced float32, forward"
+    assert f"ours has no speed: {case}: forward error 1.0e+00" in result.stderr
     (path,) = tmp_path.glob("*.json")
     row = json.loads(path.read_text())["cases"][0]["rows"][0]
     assert (row["median"], row["seconds"]) == (None, [])
@@ -103,3 +121,33 @@ def test_commit_of_a_repository_that_is_not_the_packages_own_is_unknown(tmp_path
 def test_commit_without_git_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert bench.commit() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_graphs_need_a_cuda_device(tmp_path):
+    result = invoke("routing", "--stopwatch", "graph", "--quick", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "needs a CUDA device, got cpu" in result.output
+
+
+def test_suite_and_memory(tmp_path, monkeypatch):
+    built, weighed = [], []
+
+    def cases(operator, workloads, device):
+        built.extend(workloads)
+        right = {"y": torch.ones(5)}
+        yield Case(
+            operator, workloads[0], "forward+backward", {OURS: lambda: right, "plain": lambda: right}, lambda: right,
+            plain="plain", work=Work(1, 1),
+        )  # fmt: skip
+
+    monkeypatch.setattr(registry, "cases", cases)
+    monkeypatch.setattr(bench.limits, "probes", functools.partial(lambda original, *a, quick: original(*a, quick=True),
+                                                                  bench.limits.probes))  # fmt: skip
+    monkeypatch.setattr(memory, "weigh_rows", lambda case, result, device: weighed.append(case.operator))
+    assert invoke("moe_layer", "--suite", "image", "--rounds", 1, "--out", tmp_path).exit_code == 0
+    assert [workload.tokens for workload in built] == [197, 197]
+    assert weighed == ["moe_layer"]
+    assert invoke("moe_layer", "--suite", "image", "--rounds", 1, "--no-memory", "--out", tmp_path).exit_code == 0
+    assert invoke("routing", "--suite", "image", "--rounds", 1, "--out", tmp_path).exit_code == 0
+    assert weighed == ["moe_layer"]
