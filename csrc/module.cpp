@@ -10,18 +10,9 @@
 #include <map>
 #include <string>
 
-namespace {
+#include "cpu/isa.h"
 
-// The best of the three versions that the kernels are compiled in (target_clones), by the same question to
-// the processor that the loader asks when it picks one.
-std::string detected_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return "avx512";
-  if (__builtin_cpu_supports("avx2")) return "avx2";
-#endif
-  return "baseline";
-}
+namespace {
 
 std::string compiler() {
 #if defined(__clang__)
@@ -37,7 +28,7 @@ std::map<std::string, std::string> build_info() {
       {"cxx_standard", std::to_string(__cplusplus / 100 % 100)},
       {"built_torch", MOE_KERNELS_BUILT_TORCH},
       {"torch_target", MOE_KERNELS_TORCH_TARGET},
-      {"isa_detected", detected_isa()},
+      {"isa", moe_kernels::name(moe_kernels::isa())},
       {"cuda", ""},
       {"cuda_arch", ""},
   };
@@ -46,6 +37,7 @@ std::map<std::string, std::string> build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  moe_kernels::isa();  // raises here if what the environment asks for is not there
   m.doc() = "C++ kernels of moe_kernels; importing it registers them with torch.";
   m.def("build_info", &build_info,
         "What this extension was built with and the instruction set that its kernels use here, as strings.");

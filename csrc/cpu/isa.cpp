@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace moe_kernels {
 namespace {
@@ -18,12 +20,15 @@ Isa best() {
 
 Isa chosen() {
   const char* wanted = std::getenv("MOE_KERNELS_ISA");
-  const Isa limit = best();
-  if (wanted == nullptr) return limit;
+  if (wanted == nullptr) return best();
+  std::string here;
   for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (candidate <= limit && std::strcmp(wanted, name(candidate)) == 0) return candidate;
+    if (candidate > best()) break;
+    if (std::strcmp(wanted, name(candidate)) == 0) return candidate;
+    here += std::string(here.empty() ? "" : ", ") + name(candidate);
   }
-  return limit;
+  throw std::invalid_argument("MOE_KERNELS_ISA: expected one of what this processor has, " + here + "; got '" + wanted +
+                              "'");
 }
 
 }  // namespace

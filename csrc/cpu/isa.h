@@ -5,7 +5,8 @@ namespace moe_kernels {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best that this processor has; MOE_KERNELS_ISA (baseline, avx2, avx512) asks for less. Decided once.
+// The best that this processor has, or what MOE_KERNELS_ISA (baseline, avx2, avx512) in the environment asks for.
+// Decided once; throws if that is not there.
 Isa isa();
 const char* name(Isa isa);
 

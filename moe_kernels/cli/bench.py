@@ -105,7 +105,7 @@ def environment(
             "processor": processor["name"],
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
-            "isa": doctor.extension().get("isa_detected", "unknown"),
+            "isa": doctor.extension().get("isa", "unknown"),
             "accelerator": accelerator[0] if accelerator else None,
         },
         "rounds": rounds,

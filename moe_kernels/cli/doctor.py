@@ -151,7 +151,7 @@ def _extension_line(state: dict[str, str]) -> str:
         return f"  built, but it does not load: {state['error']}"
     return (
         f"  built by {state['compiler']} (C++{state['cxx_standard']}) with torch {state['built_torch']}, "
-        f"for any torch >= {state['torch_target']}; instruction set here: {state['isa_detected']}"
+        f"for any torch >= {state['torch_target']}; instruction set here: {state['isa']}"
     )
 
 

@@ -36,7 +36,7 @@ def test_text_names_operators_backends_and_isa():
     for name in (*backend.OPERATORS, "What to do", "same bits"):
         assert name in text
     state = doctor.extension()
-    assert state.get("isa_detected", "not built") in text
+    assert state.get("isa", "not built") in text
 
 
 def test_forced_backend_is_reported_with_its_determinism():

@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -230,22 +231,45 @@ def test_empty_batch_gives_empty_output_and_zero_gradients():
         assert (results[name] == 0).all()
 
 
-def test_bitwise_repeatable():
-    tensors, experts = inputs(T=700, d=60, h=90)
-    plan = dispatch(experts, 5)
-    upstream = torch.randn(700, 60)
-    runs = [evaluate(lambda **leaves: expert_ffn(**leaves, dispatch=plan), tensors, upstream) for _ in range(5)]
-    for again in runs[1:]:
-        for name in ("y", *NAMES):
-            assert torch.equal(runs[0][name], again[name])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_again_and_for_any_number_of_threads(dtype):
+    # Several units of an expert, and one whose rows need no packing of weights.
+    tensors, _ = inputs(T=900, d=48, h=90, k=1, dtype=dtype)
+    plan = dispatch(torch.tensor([0] * 840 + [1] * 60)[torch.randperm(900)][:, None], 5)
+    upstream = torch.randn(900, 48)
+
+    def run():
+        return evaluate(lambda **leaves: expert_ffn(**leaves, dispatch=plan), tensors, upstream)
+
+    first, threads = run(), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, *[threads] * 47):
+            torch.set_num_threads(count)
+            for name, tensor in run().items():
+                assert torch.equal(first[name], tensor), (name, count)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
-    tensors, experts = inputs(T=300, d=60, h=90)
-    whole = expert_ffn(**tensors, dispatch=dispatch(experts, 5))
-    part = {n: t[:7] if n in ("x", "gates") else t for n, t in tensors.items()}
-    alone = expert_ffn(**part, dispatch=dispatch(experts[:7], 5))
-    torch.testing.assert_close(whole[:7], alone, rtol=1e-5, atol=1e-5)
+    for d, h in ((60, 90), (384, 1000)):
+        tensors, experts = inputs(T=700, d=d, h=h)
+        whole = expert_ffn(**tensors, dispatch=dispatch(experts, 5))
+        part = {n: t[:7] if n in ("x", "gates") else t for n, t in tensors.items()}
+        assert torch.equal(whole[:7], expert_ffn(**part, dispatch=dispatch(experts[:7], 5)))
+
+
+def test_several_threads_of_python_may_call_at_once():
+    tensors, experts = inputs(T=300, d=40, h=70)
+    plan, upstream = dispatch(experts, 5), torch.randn(300, 40)
+
+    def run(_=None):
+        return evaluate(lambda **leaves: expert_ffn(**leaves, dispatch=plan), tensors, upstream)
+
+    first = run()
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(run, range(16)):
+            assert all(torch.equal(first[name], tensor) for name, tensor in again.items())
 
 
 def test_gradient_may_be_taken_twice_and_upstream_functions_see_it():

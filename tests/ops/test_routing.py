@@ -205,15 +205,19 @@ def test_autocast_does_not_lower_the_decision():
     assert torch.equal(outside.gates, inside.gates)
 
 
-def test_bitwise_repeatable():
+def test_same_bits_again_and_for_any_number_of_threads():
     tensors = inputs(T=1500)
     arguments = {"top_k": 2, "noise_std": 0.2, "seed": SEED}
-    first = evaluate(route, tensors, **arguments)
-    for _ in range(5):
-        again = evaluate(route, tensors, **arguments)
-        assert torch.equal(first[0].gates, again[0].gates)
-        for name in NAMES:
-            assert torch.equal(first[1][name], again[1][name])
+    first, threads = evaluate(route, tensors, **arguments), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, *[threads] * 47):
+            torch.set_num_threads(count)
+            again = evaluate(route, tensors, **arguments)
+            assert torch.equal(first[0].gates, again[0].gates)
+            for name in NAMES:
+                assert torch.equal(first[1][name], again[1][name]), (name, count)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_noise_is_a_function_of_seed_and_position():
