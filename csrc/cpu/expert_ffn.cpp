@@ -26,9 +26,9 @@ namespace {
 
 // Rows of a block: few enough that its tokens, hidden features and outputs stay in a core's second cache, and many
 // enough that reading all weights for it does not show.
-constexpr int64_t kBlockRows = 144;
+constexpr int64_t kBlockRows = 3 * kSumRows;
 // Rows of a unit, in which the backward goes from the gradient of the output to those of the weights.
-constexpr int64_t kUnitRows = 576;
+constexpr int64_t kUnitRows = 4 * kBlockRows;
 constexpr int64_t kFewRows = 96;
 
 // Every expert's rows in pieces of nearly the same size, none larger than `size`, whole panels if possible.
@@ -49,7 +49,7 @@ std::vector<Rows> pieces(const Plan& plan, int64_t size, int64_t multiple) {
 
 // Rows of a block, such that there are some blocks for every thread.
 int64_t block_rows(const Plan& plan) {
-  return std::clamp<int64_t>(plan.kept / (4 * threads()) / 48 * 48, 48, kBlockRows);
+  return std::clamp<int64_t>(plan.kept / (4 * threads()) / kSumRows * kSumRows, kSumRows, kBlockRows);
 }
 
 // y[t] = Σ_j rows[position(t, j)] over the kept assignments, in the order of j.
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> forward(const Ffn<S>& ffn, const Tensor& x, bool save
   const Scratch<A> memory(threads() * size);
   S* const z = save ? mutable_data<S>(saved) : nullptr;
 
-  const std::vector<Rows> blocks = pieces(plan, block, 48);
+  const std::vector<Rows> blocks = pieces(plan, block, kSumRows);
   std::atomic<size_t> next{0};
   on_every_thread([&](int64_t thread) {
     A* const own = memory.data() + thread * size;
@@ -152,13 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   // Three units are under way at once: one whose rows are worked on, one whose weights' gradients are, and one that
   // waits for neither. Packed weights are needed only for the rows.
   constexpr int64_t kSlots = 3, kPacks = 2;
-  const std::vector<Rows> parts = pieces(plan, kUnitRows, block);
-  const int64_t blocks = (kUnitRows + block - 1) / block;
+  const std::vector<Rows> parts = pieces(plan, kUnitRows, kBlockRows);
+  const int64_t sum_space = (kUnitRows + kSumRows - 1) / kSumRows * (hidden + dim);
   const int64_t slots = std::min<int64_t>(kSlots, parts.size()), packs = std::min<int64_t>(kPacks, parts.size());
   const int64_t of_operands = slots * sizes.operands(), of_weights = packs * (sizes.w1 + sizes.w2);
   const Scratch<A> scratch(of_operands + of_weights + threads() * sizes.space);
   A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
-  std::vector<double> sums(slots * blocks * (hidden + dim));
+  std::vector<double> sums(slots * sum_space);
   // To pack weights does not pay for a few rows.
   const bool readable =
       ffn.w1.wide && ffn.w2.wide && MOE_BY_ISA(whole_vectors<A>, dim) && MOE_BY_ISA(whole_vectors<A>, hidden);
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
                  own + sizes.dz,
                  own + sizes.dz + sizes.dy,
                  own + sizes.dz + sizes.dy + sizes.a,
-                 sums.data() + u % kSlots * blocks * (hidden + dim)};
+                 sums.data() + u % kSlots * sum_space};
     if (in_place(parts[u])) {
       const int64_t at = parts[u].expert * dim * hidden;
       unit.w1 = {static_cast<const A*>(ffn.w1.data) + at, hidden, dim};
@@ -224,13 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
           if (u >= kSlots) progress[u - kSlots].wait(Task::kWeights);
           progress[u].wait(Task::kPack);
           const int64_t first = task.index * block, count = std::min(block, unit.rows.count - first);
-          MOE_BY_ISA(backward_rows, call, unit, first, count, task.index, block, own);
+          MOE_BY_ISA(backward_rows, call, unit, first, count, block, own);
           break;
         }
         case Task::kWeights:
           progress[u].wait(Task::kRows);
           if (u > 0) progress[u - 1].wait(Task::kWeights);
-          MOE_BY_ISA(weight_gradients, call, unit, blocks_of(u), task.index);
+          MOE_BY_ISA(weight_gradients, call, unit, task.index);
           break;
       }
       progress[u].left[task.stage].fetch_sub(1, std::memory_order_release);

@@ -125,6 +125,9 @@ struct Gradient {
   Tensor scratch;
 };
 
+// Rows whose part of the biases' gradients is summed apart, so that the sums do not depend on the blocks.
+constexpr int64_t kSumRows = 48;
+
 // Rows that the backward takes through all its products together, and what they leave for the weights' gradients.
 template <class A>
 struct Unit {

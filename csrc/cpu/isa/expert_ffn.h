@@ -336,7 +336,7 @@ MOE_INLINE void differentiate_tile(Activation activation, const A* z, const A* f
 // gradients of the weights are made of.
 template <class S>
 void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t first, int64_t count,
-                   int64_t index, int64_t block, accumulate_t<S>* memory) {
+                   int64_t block, accumulate_t<S>* memory) {
   using A = accumulate_t<S>;
   const Ffn<S>& ffn = call.ffn;
   const BackwardSpace<A> space(block, ffn.dim, ffn.hidden, call.saved == nullptr);
@@ -346,8 +346,9 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
   A *tile = forward + space.x, *z_tile = tile + kTileRows * kPanelWidth<A>;
   A *factors = z_tile + kTileRows * kPanelWidth<A>, *dots = factors + kTileRows * kPanelWidth<A>,
     *gates = dots + space.rows * kLanes<A>;
-  double *dz_sums = unit.sums + index * (hidden + dim), *dy_sums = dz_sums + hidden;
-  std::fill_n(dz_sums, hidden + dim, 0.0);
+  // Of the chunk of rows that row `first + i` belongs to.
+  const auto sums_of = [&](int64_t i) { return unit.sums + (first + i) / kSumRows * (hidden + dim); };
+  std::fill(sums_of(0), sums_of(count - 1) + hidden + dim, 0.0);
 
   {
     std::vector<A> bias(dim), token(dim);
@@ -363,7 +364,8 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
       for (int64_t c = 0; c < dim; ++c) dot += row[c] * bias[c];
       std::fill_n(dots + i * kLanes<A>, kLanes<A>, A(0));
       dots[i * kLanes<A>] = dot;
-      for (int64_t c = 0; c < dim; ++c) dy_sums[c] += static_cast<double>(gates[i] * row[c]);
+      double* sums = sums_of(i) + hidden;
+      for (int64_t c = 0; c < dim; ++c) sums[c] += static_cast<double>(gates[i] * row[c]);
       scatter_packed(row, dim, all, first + i, unit.dy);
       for_panels<A>(dim, [&](int64_t c, int64_t valid, int64_t width) MOE_INLINE_LAMBDA {
         A* to = unit.x + c * all + (first + i) * width;
@@ -422,10 +424,11 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
           std::copy_n(tile + r * width, valid, dz + (i + r) * space.hidden_block + f - begin);
           scatter_packed(tile + r * width, width, all, at, unit.dz + f * all);
         }
+        double* sums = sums_of(i) + f;
         for (int64_t c = 0; c < valid; ++c) {
           A sum{0};
           for (int64_t r = 0; r < tall; ++r) sum += tile[r * width + c];
-          dz_sums[f + c] += static_cast<double>(sum);
+          sums[c] += static_cast<double>(sum);
         }
       }
     }
@@ -466,13 +469,13 @@ struct WeightTasks {
   int64_t of_w2() const { return parts(dim, kRegionRows) * parts(hidden, kColumns); }
   int64_t count() const { return 1 + of_w1() + of_w2(); }
 
-  void run(const Backward<S>& call, const Unit<A>& unit, int64_t blocks, int64_t index) const {
+  void run(const Backward<S>& call, const Unit<A>& unit, int64_t index) const {
     const int64_t expert = unit.rows.expert, place = unit.place;
     if (index == 0) {
       double* sums = call.bias_sums + place * (hidden + dim);
       if (unit.begins) std::fill_n(sums, hidden + dim, 0.0);
-      for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t c = 0; c < hidden + dim; ++c) sums[c] += unit.sums[block * (hidden + dim) + c];
+      for (int64_t chunk = 0; chunk < parts(unit.rows.count, kSumRows); ++chunk) {
+        for (int64_t c = 0; c < hidden + dim; ++c) sums[c] += unit.sums[chunk * (hidden + dim) + c];
       }
       if (!unit.ends) return;
       convert(sums, call.b1.sums(expert, place), hidden);
@@ -498,8 +501,8 @@ struct WeightTasks {
 };
 
 template <class S>
-void weight_gradients(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t blocks, int64_t index) {
-  WeightTasks<S>(call.ffn.dim, call.ffn.hidden).run(call, unit, blocks, index);
+void weight_gradients(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, int64_t index) {
+  WeightTasks<S>(call.ffn.dim, call.ffn.hidden).run(call, unit, index);
 }
 
 template <class A>
