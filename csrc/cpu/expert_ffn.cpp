@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t kBlockRows = 3 * kSumRows;
 // Rows of a unit, in which the backward goes from the gradient of the output to those of the weights.
 constexpr int64_t kUnitRows = 4 * kBlockRows;
+// Rows of a unit for which packing its weights does not pay.
 constexpr int64_t kFewRows = 96;
 
 // Every expert's rows in pieces of nearly the same size, none larger than `size`, whole panels if possible.
@@ -159,7 +160,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   const Scratch<A> scratch(of_operands + of_weights + threads() * sizes.space);
   A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
   std::vector<double> sums(slots * sum_space);
-  // To pack weights does not pay for a few rows.
   const bool readable =
       ffn.w1.wide && ffn.w2.wide && MOE_BY_ISA(whole_vectors<A>, dim) && MOE_BY_ISA(whole_vectors<A>, hidden);
   const auto in_place = [&](const Rows& rows) { return readable && rows.count <= kFewRows; };
