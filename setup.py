@@ -4,7 +4,7 @@ Environment:
     MOE_KERNELS_REQUIRE_EXT=1   a failing build is an error. By default it leaves the package without its C++
                                 kernels (it then runs on the reference) and says so in one line.
     MAX_JOBS                    how many files are compiled at once.
-    CXX, CXXFLAGS               the compiler, and what to add to its flags. -march=native is never set here:
+    CXX, CFLAGS                 the compiler, and what to add to its flags. -march=native is never set here:
                                 the kernels choose their instruction set at run time.
 """
 

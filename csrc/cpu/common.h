@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -54,6 +55,11 @@ inline Tensor dense(const Tensor& tensor) {
 // Whether (order, offsets, inverse) is what dispatch gives: two permutations, each the inverse of the other, and
 // offsets that rise from 0 within them. The kernels index memory by them, and anybody can build a Dispatch.
 inline void check_plan(const Tensor& order, const Tensor& offsets, const Tensor& inverse) {
+  for (const Tensor* tensor : {&order, &offsets, &inverse}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long, "dispatch: expected int64 tensors, got ",
+                    torch::headeronly::toString(tensor->scalar_type()));
+  }
+  STD_TORCH_CHECK(inverse.dim() == 2, "dispatch.inverse: expected shape (T, k)");
   const int64_t n = order.numel(), segments = offsets.numel();
   STD_TORCH_CHECK(segments >= 1 && inverse.numel() == n, "dispatch: order, offsets and inverse do not belong together");
   const int64_t *assignment = data<int64_t>(order), *offset = data<int64_t>(offsets),
@@ -85,13 +91,13 @@ auto by_dtype(const char* name, ScalarType dtype, const F& f) {
   }
 }
 
-// The nearest value that can be stored: where the range of float16 ends, its last number and not infinity, of which the
-// backward could make nothing.
+// The nearest finite value that can be stored: where the range of float16 ends, its last number and not infinity, of
+// which the backward could make nothing. What is infinite before stays so.
 template <class S, class A>
 MOE_INLINE S saturated(A value) {
   if constexpr (std::is_same_v<S, torch::headeronly::Half>) {
-    constexpr A largest = 65504;
-    value = value > largest ? largest : value < -largest ? -largest : value;
+    constexpr A largest = 65504, infinity = std::numeric_limits<A>::infinity();
+    value = value > largest && value < infinity ? largest : value < -largest && value > -infinity ? -largest : value;
   }
   return static_cast<S>(value);
 }

@@ -81,7 +81,7 @@ template <class S>
 std::tuple<Tensor, Tensor> forward(const Ffn<S>& ffn, const Tensor& x, bool save) {
   using A = accumulate_t<S>;
   const Plan& plan = ffn.plan;
-  const Tensor y = take_tensor({plan.tokens, ffn.dim}, x.scalar_type());
+  const Tensor y = empty({plan.tokens, ffn.dim}, x.scalar_type());
   const Tensor saved = take_tensor({save ? plan.assignments : 0, ffn.hidden}, x.scalar_type());
   const Scratch<A> outputs(plan.top_k == 1 ? 0 : plan.assignments * ffn.dim);
   const int64_t block = block_rows(plan), size = MOE_BY_ISA(forward_space<A>, block, ffn.dim, ffn.hidden);
@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor> forward(const Ffn<S>& ffn, const Tensor& x, bool save
 }
 
 // The backward's tasks, in the order in which they are taken. A unit's rows come before the weights' gradients of the
-// unit before it, so that a thread that finishes early finds work that waits for nobody.
+// unit before it, so that a thread that finishes early finds work that waits for nobody. A task waits only for tasks
+// that stand before it, so any number of threads gets through; and none may throw, or the others would wait for ever.
 struct Task {
   enum Stage { kPack, kRows, kWeights } stage;
   int64_t unit, index;
@@ -132,10 +133,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   const int64_t dim = ffn.dim, hidden = ffn.hidden;
   const Gradient<S> grad_w1(w1), grad_b1(b1), grad_w2(w2), grad_b2(b2);
   const Tensor grad_gates = torch::stable::new_zeros(gates, gates.sizes());
-  const Tensor grad_x = take_tensor({plan.tokens, dim}, x.scalar_type());
+  const Tensor grad_x = empty({plan.tokens, dim}, x.scalar_type());
   const Scratch<A> grad_rows(plan.top_k == 1 ? 0 : plan.assignments * dim);
-  std::vector<double> bias_sums(2 * (hidden + dim));
-  const bool have_z = saved.size(0) == plan.assignments;
+  std::vector<double> bias_sums(hidden + dim);
+  const bool have_z = saved.size(0) > 0;
   const Backward<S> call{ffn,
                          data<S>(grad),
                          have_z ? data<S>(saved) : nullptr,
@@ -167,13 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   for (size_t u = 0; u < parts.size(); ++u) {
     const bool begins = u == 0 || parts[u - 1].expert != parts[u].expert;
     const bool ends = u + 1 == parts.size() || parts[u + 1].expert != parts[u].expert;
-    const int64_t place = u == 0 ? 0 : units.back().place ^ static_cast<int64_t>(begins);
     A* own = operands + u % kSlots * sizes.operands();
     A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
     Unit<A> unit{parts[u],
                  begins,
                  ends,
-                 place,
                  {pack, hidden, 0},
                  {pack + sizes.w1, dim, 0},
                  pack,
@@ -209,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   }
 
   std::atomic<size_t> next{0};
-  on_every_thread([&](int64_t thread) {
+  on_every_thread([&](int64_t thread) noexcept {
     A* const own = memory + thread * sizes.space;
     for (size_t i = next++; i < tasks.size(); i = next++) {
       const Task& task = tasks[i];
@@ -249,11 +248,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   return {grad_x, grad_w1.tensor, grad_b1.tensor, grad_w2.tensor, grad_b2.tensor, grad_gates};
 }
 
+void check_sizes(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  bool right = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; right && i < sizes.size(); ++i) right = tensor.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(right, name, ": the shape does not fit those of x, w1 and the plan");
+}
+
 template <class S>
 Ffn<S> make_ffn(const Plan& plan, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                 const Tensor& b2, const Tensor& gates, const std::optional<Tensor>& seed, const std::string& activation,
                 double dropout_p) {
   using A = accumulate_t<S>;
+  STD_TORCH_CHECK(x.dim() == 2 && w1.dim() == 3, "expected x (T, d) and w1 (E, h, d)");
+  const int64_t dim = x.size(1), hidden = w1.size(1);
+  check_sizes("x", x, {plan.tokens, dim});
+  check_sizes("w1", w1, {plan.num_experts, hidden, dim});
+  check_sizes("b1", b1, {plan.num_experts, hidden});
+  check_sizes("w2", w2, {plan.num_experts, dim, hidden});
+  check_sizes("b2", b2, {plan.num_experts, dim});
+  check_sizes("gates", gates, {plan.tokens, plan.top_k});
   for (const Tensor* parameter : {&w1, &b1, &w2, &b2}) {
     STD_TORCH_CHECK(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == scalar_type<A>,
                     "weights: expected the dtype of x or float32, got ",
@@ -294,6 +307,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
   const Tensor x = dense(x_in), w1 = dense(w1_in), b1 = dense(b1_in), w2 = dense(w2_in), b2 = dense(b2_in);
   const Tensor gates = dense(gates_in), grad = dense(grad_in), saved = dense(preactivation);
   const Plan plan(order, offsets, inverse);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && saved.scalar_type() == x.scalar_type(),
+                  "grad and preactivation: expected the dtype of x");
+  check_sizes("grad", grad, {x.size(0), x.size(1)});
+  STD_TORCH_CHECK(
+      saved.dim() == 2 && (saved.size(0) == 0 || saved.size(0) == plan.assignments) && saved.size(1) == w1.size(1),
+      "preactivation: expected one row for each assignment, or none");
   return by_dtype("x", x.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     return backward<S>(make_ffn<S>(plan, x, w1, b1, w2, b2, gates, seed, activation, dropout_p), grad, x, w1, b1, w2,

@@ -94,7 +94,7 @@ struct Ffn {
 };
 
 // The gradient of a stack of parameters, in the parameter's dtype, and the sums that it is stored from: the gradient
-// itself where that has the dtype of the arithmetic, else one expert's at a time, in one of two places.
+// itself where that has the dtype of the arithmetic, else one expert's at a time.
 template <class S>
 struct Gradient {
   using A = accumulate_t<S>;
@@ -103,15 +103,13 @@ struct Gradient {
       : tensor(take_tensor({parameter.sizes().begin(), parameter.sizes().end()}, parameter.scalar_type())),
         wide(tensor.scalar_type() == scalar_type<A>),
         size(parameter.size(0) > 0 ? parameter.numel() / parameter.size(0) : 0),
-        scratch(empty({wide ? 0 : 2, size}, scalar_type<A>)) {}
+        scratch(empty({wide ? 0 : size}, scalar_type<A>)) {}
 
-  A* sums(int64_t expert, int64_t place) const {
-    return wide ? mutable_data<A>(tensor) + expert * size : mutable_data<A>(scratch) + place * size;
-  }
+  A* sums(int64_t expert) const { return wide ? mutable_data<A>(tensor) + expert * size : mutable_data<A>(scratch); }
 
   // Elements [at, at + n) of an expert from its sums.
-  MOE_INLINE void store(int64_t expert, int64_t place, int64_t at, int64_t n) const {
-    if (!wide) convert(sums(expert, place) + at, mutable_data<S>(tensor) + expert * size + at, n);
+  MOE_INLINE void store(int64_t expert, int64_t at, int64_t n) const {
+    if (!wide) convert(sums(expert) + at, mutable_data<S>(tensor) + expert * size + at, n);
   }
 
   void clear(int64_t expert) const {
@@ -133,7 +131,6 @@ template <class A>
 struct Unit {
   Rows rows;
   bool begins, ends;         // its expert
-  int64_t place;             // of its expert's sums
   Columns<A> w1, w2;         // as the products read them
   A *packed_w1, *packed_w2;  // panels [hidden][width] of w1, [dim][width] of w2
   A *dz, *dy;                // packed: [hidden / kTileRows][rows][kTileRows], [dim / kTileRows][rows][kTileRows]
@@ -160,7 +157,7 @@ struct Backward {
   A* grad_rows;    // where it has several
   A* grad_gates;
   const Gradient<S>&w1, &b1, &w2, &b2;
-  double* bias_sums;  // two places of hidden + dim
+  double* bias_sums;  // of an expert, hidden + dim
 };
 
 }  // namespace moe_kernels

@@ -68,8 +68,8 @@ Pool& pool() {
 }
 
 bool poisoned() {
-  static const bool value = std::getenv("MOE_KERNELS_POISON") != nullptr;
-  return value;
+  static const char* const value = std::getenv("MOE_KERNELS_POISON");
+  return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
 constexpr size_t kLarge = 1 << 20;  // bytes from which the system maps pages of their own
@@ -86,12 +86,15 @@ FromBlob from_blob() {
 }  // namespace
 
 void* take_memory(size_t bytes) {
+  if (bytes == 0) return nullptr;
   const Block block = pool().take(bytes);
   if (poisoned()) std::memset(block.memory, 0xff, block.bytes);
   return block.memory;
 }
 
-void give_memory(void* memory) { pool().give(memory); }
+void give_memory(void* memory) {
+  if (memory != nullptr) pool().give(memory);
+}
 
 Tensor take_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;

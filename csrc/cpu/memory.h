@@ -10,7 +10,8 @@
 
 namespace moe_kernels {
 
-// At least `bytes`, aligned to 64, and back. What the last 64 requests had no use for goes back to the system. With
+// At least `bytes`, aligned to 64, and back. What the last 64 requests had no use for goes back to the system at
+// the next release; so an idle process holds what its last steps needed. With
 // MOE_KERNELS_POISON=1 in the environment everything taken holds NaN (tests).
 void* take_memory(size_t bytes);
 void give_memory(void* memory);
@@ -30,8 +31,8 @@ class Scratch {
   T* data_;
 };
 
-// A tensor whose memory, where it is large, is taken so and given back when it dies. torch before 2.11 knows no such
-// tensors: there it is torch's own.
+// A tensor whose memory, where it is large, is taken so and given back when it dies; it cannot be resized. torch
+// before 2.11 knows no such tensors: there it is torch's own.
 Tensor take_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 }  // namespace moe_kernels

@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_cosine_backward(
     const Directions<T> directions(embedding);
     const T scale = scale_of<T>(log_scale);
     const T *l = data<T>(logits), *q = data<T>(projected);
-    const Tensor grad_x = take_tensor({tokens, dim}, scalar_type<T>);
+    const Tensor grad_x = empty({tokens, dim}, scalar_type<T>);
 
     const Scratch<T> of_projection(MOE_BY_ISA(readable_space<T>, features, dim));
     const Columns<T> matrix = MOE_BY_ISA(readable<T>, data<T>(projection), features, dim, of_projection.data());
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor> routing_linear_backward(Tensor grad_gates, Tensor gra
     const int64_t tokens = x.size(0), dim = x.size(1), experts = weight.size(0);
     const SelectionGradient<T> gradient(make_selection(experts, seed, top_k, noise_std, renormalize), grad_gates,
                                         grad_sums, grad_totals, experts_in);
-    const Tensor grad_x = take_tensor({tokens, dim}, scalar_type<T>);
+    const Tensor grad_x = empty({tokens, dim}, scalar_type<T>);
     const Tensor grad_weight = empty({experts, dim}, scalar_type<T>);
     const Scratch<T> of_weight(MOE_BY_ISA(readable_space<T>, experts, dim));
     const Columns<T> matrix = MOE_BY_ISA(readable<T>, data<T>(weight), experts, dim, of_weight.data());

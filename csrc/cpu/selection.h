@@ -24,23 +24,13 @@ struct Selection {
   uint64_t seed;
 };
 
-Selection make_selection(int64_t num_experts, const std::optional<Tensor>& seed, int64_t top_k, double noise_std,
-                         bool renormalize) {
+inline Selection make_selection(int64_t num_experts, const std::optional<Tensor>& seed, int64_t top_k, double noise_std,
+                                bool renormalize) {
   return {num_experts,      top_k,       noise_std,
           seed.has_value(), renormalize, seed ? static_cast<uint64_t>(*data<int64_t>(*seed)) : 0};
 }
 
-// Number of chunks, and f(first token, last token, chunk) in parallel for each.
-int64_t chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
-
-template <class F>
-void for_chunks(int64_t tokens, const F& f) {
-  torch::stable::parallel_for(0, chunks(tokens), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      f(chunk * kChunk, std::min(tokens, (chunk + 1) * kChunk), chunk);
-    }
-  });
-}
+inline int64_t chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
 
 template <class T>
 MOE_INLINE void softmax(const T* logits, int64_t n, T* out, T& log_partition) {

@@ -349,6 +349,54 @@ def test_infinities_and_nan_go_through_the_activation_as_in_plain_pytorch(activa
     torch.testing.assert_close(y, expected, equal_nan=True)
 
 
+def test_relu_lets_no_gradient_through_not_even_an_infinite_one():
+    # z = -1 and 1, and the gradient of the hidden feature is infinite.
+    x = torch.tensor([[-1.0], [1.0]], requires_grad=True)
+    one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    plan = dispatch(torch.zeros(2, 1, dtype=torch.int64), 1)
+    y = expert_ffn(x, one, zero, one * math.inf, zero, torch.ones(2, 1), plan, activation="relu")
+    (grad,) = torch.autograd.grad(y, x, torch.ones(2, 1))
+    assert grad.tolist() == [[0.0], [math.inf]]
+
+
+def test_float16_overflows_to_infinity_but_a_finite_preactivation_stays_finite():
+    x = torch.tensor([[60000.0], [math.inf]], dtype=torch.float16)
+    weight, zero = torch.full((1, 1, 1), 2.0, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16)
+    plan = dispatch(torch.zeros(2, 1, dtype=torch.int64), 1)
+    arguments = (x, weight, zero, weight, zero, torch.ones(2, 1), *plan[:3], None, "relu", 0.0, True)
+    y, z = torch.ops.moe_kernels.expert_ffn(*arguments)
+    assert y.flatten().tolist() == [math.inf, math.inf]
+    assert z.flatten().tolist() == [65504.0, math.inf]
+
+
+@pytest.mark.parametrize("save", ["preactivation", "input"])
+def test_without_hidden_features_the_bias_is_left(save):
+    tensors, experts = inputs(T=9, d=5, h=1, E=3, k=2)
+    tensors |= {"w1": torch.empty(3, 0, 5), "b1": torch.empty(3, 0), "w2": torch.empty(3, 5, 0)}
+    plan = dispatch(experts, 3)
+    results = evaluate(lambda **leaves: expert_ffn(**leaves, dispatch=plan, save=save), tensors, torch.ones(9, 5))
+    torch.testing.assert_close(results["y"], torch.einsum("tk,tkd->td", tensors["gates"], tensors["b2"][experts]))
+    assert (results["x"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (5, torch.ones(1, 1), "gates: the shape does not fit"),
+        (3, torch.ones(5, 23, 19), "w2: the shape does not fit"),
+        (5, torch.ones(37, 2, dtype=torch.float64), "gates: expected the dtype of the arithmetic, got Double"),
+        (1, torch.ones(5, 23, 19, dtype=torch.float64), "weights: expected the dtype of x or float32, got Double"),
+        (6, torch.zeros(74, dtype=torch.int32), "dispatch: expected int64 tensors, got Int"),
+    ],
+)
+def test_the_raw_operator_refuses_what_it_would_read_wrongly(position, change, message):
+    tensors, experts = inputs()
+    arguments = [*tensors.values(), *dispatch(experts, 5)[:3], None, "gelu", 0.0, False]
+    arguments[position] = change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.moe_kernels.expert_ffn(*arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

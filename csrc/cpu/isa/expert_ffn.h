@@ -119,19 +119,21 @@ struct Space {
         x(panel_columns * dim),
         y(panel_columns * round_up(dim, kTileRows)),
         h(panel_columns * round_up(hidden_block, kGroup)),
-        group(2 * kGroup * kPanelWidth<A>),
+        group(kGroup * kPanelWidth<A>),
         weights(kTileRows * std::max(dim, hidden_block)) {}
 
   // A block's tokens, hidden features and outputs should stay in the second cache.
   static int64_t block_of_hidden(int64_t columns, int64_t dim, int64_t hidden) {
     constexpr int64_t kBytes = 900 << 10;
     const int64_t left = kBytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(columns, 1) - 2 * dim;
-    return std::min(hidden, std::max(left / kChain, int64_t{1}) * kChain);
+    return std::clamp(std::max(left / kChain, int64_t{1}) * kChain, int64_t{1}, std::max(hidden, int64_t{1}));
   }
 
-  int64_t size() const { return x + y + h + group + weights; }
+  int64_t size() const { return x + y + h + 2 * group + weights; }
 
-  int64_t panel_columns, hidden_block, x, y, h, group, weights;
+  int64_t panel_columns, hidden_block, x, y, h;
+  int64_t group;  // of pre-activations and of dropout factors
+  int64_t weights;
 };
 
 // Tokens side by side: panels [dim][width], the columns that are not there zero.
@@ -198,10 +200,11 @@ void forward_rows(const Ffn<S>& ffn, const Rows& rows, int64_t block, accumulate
   using A = accumulate_t<S>;
   const Space<A> space(block, ffn.dim, ffn.hidden);
   A *x = memory, *sums = x + space.x, *hidden = sums + space.y, *z = hidden + space.h;
-  A *factors = z + kGroup * kPanelWidth<A>, *weights = z + space.group;
+  A *factors = z + space.group, *weights = factors + space.group;
   const int64_t padded_dim = round_up(ffn.dim, kTileRows);
   pack_tokens(ffn, rows, x);
-  for (int64_t begin = 0; begin < ffn.hidden; begin += space.hidden_block) {
+  // Once even if there are no hidden features, for the zeros that they add up to.
+  for (int64_t begin = 0; begin == 0 || begin < ffn.hidden; begin += space.hidden_block) {
     const int64_t end = std::min(ffn.hidden, begin + space.hidden_block), block = end - begin;
     first_product(
         ffn, rows, begin, end, x, z, weights,
@@ -294,14 +297,17 @@ struct BackwardSpace {
         dz(rows * hidden_block),
         dx(this->rows * round_up(dim, kLanes<A>)),
         z(recompute ? rows * hidden_block : 0),
-        x(recompute ? forward.x + forward.group + forward.weights : 0),
-        tile(3 * kTileRows * kPanelWidth<A> + (kLanes<A> + 1) * this->rows) {}
+        x(recompute ? forward.x + 2 * forward.group + forward.weights : 0),
+        tile(kTileRows * kPanelWidth<A>),
+        vectors((kLanes<A> + 1) * this->rows + 2 * dim) {}
 
-  int64_t size() const { return dy + dz + dx + z + x + tile; }
+  int64_t size() const { return dy + dz + dx + z + x + 3 * tile + vectors; }
 
   int64_t rows;
   Space<A> forward;
-  int64_t hidden_block, dy, dz, dx, z, x, tile;
+  int64_t hidden_block, dy, dz, dx, z, x;
+  int64_t tile;     // of dz, of z and of dropout factors
+  int64_t vectors;  // a row's products in lanes and its gate; the bias b2, and a token
 };
 
 // From the gradient of the output to dz, for a tile of rows and a panel of hidden features, in place in `tile`; `a`
@@ -325,7 +331,9 @@ MOE_INLINE void differentiate_tile(Activation activation, const A* z, const A* f
           }
           dot[lane] += tile[c] * value;
           a[c] = gate * value;
-          tile[c] *= gate * slope;
+          // As in plain PyTorch ReLU lets nothing through, not even what is not finite.
+          const A through = std::is_same_v<decltype(phi), Relu> ? dropped(tile[c], slope) : tile[c] * slope;
+          tile[c] = gate * through;
         }
       }
     }
@@ -343,21 +351,20 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
   const int64_t dim = ffn.dim, hidden = ffn.hidden, expert = unit.rows.expert, all = unit.rows.count;
   const Rows rows{expert, unit.rows.first + first, count};
   A *dy = memory, *dz = dy + space.dy, *dx = dz + space.dz, *z = dx + space.dx, *forward = z + space.z;
-  A *tile = forward + space.x, *z_tile = tile + kTileRows * kPanelWidth<A>;
-  A *factors = z_tile + kTileRows * kPanelWidth<A>, *dots = factors + kTileRows * kPanelWidth<A>,
-    *gates = dots + space.rows * kLanes<A>;
+  A *tile = forward + space.x, *z_tile = tile + space.tile, *factors = z_tile + space.tile;
+  A *dots = factors + space.tile, *gates = dots + space.rows * kLanes<A>, *bias = gates + space.rows,
+    *token = bias + dim;
   // Of the chunk of rows that row `first + i` belongs to.
   const auto sums_of = [&](int64_t i) { return unit.sums + (first + i) / kSumRows * (hidden + dim); };
   std::fill(sums_of(0), sums_of(count - 1) + hidden + dim, 0.0);
 
   {
-    std::vector<A> bias(dim), token(dim);
-    ffn.b2.load(expert * dim, dim, bias.data());
+    ffn.b2.load(expert * dim, dim, bias);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t assignment = ffn.plan.assignment[rows.first + i], t = assignment / ffn.plan.top_k;
       A* row = dy + i * dim;
       convert(call.grad + t * dim, row, dim);
-      convert(ffn.x + t * dim, token.data(), dim);
+      convert(ffn.x + t * dim, token, dim);
       gates[i] = ffn.gates[assignment];
       A dot{0};
 #pragma omp simd reduction(+ : dot)
@@ -369,7 +376,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
       scatter_packed(row, dim, all, first + i, unit.dy);
       for_panels<A>(dim, [&](int64_t c, int64_t valid, int64_t width) MOE_INLINE_LAMBDA {
         A* to = unit.x + c * all + (first + i) * width;
-        std::copy_n(token.data() + c, valid, to);
+        std::copy_n(token + c, valid, to);
         std::fill(to + valid, to + width, A(0));
       });
     }
@@ -380,7 +387,7 @@ void backward_rows(const Backward<S>& call, const Unit<accumulate_t<S>>& unit, i
 
   const int64_t dx_stride = round_up(dim, kLanes<A>);
   if (call.saved == nullptr) pack_tokens(ffn, rows, forward);
-  for (int64_t begin = 0; begin < hidden; begin += space.hidden_block) {
+  for (int64_t begin = 0; begin == 0 || begin < hidden; begin += space.hidden_block) {
     const int64_t end = std::min(hidden, begin + space.hidden_block);
     if (call.saved == nullptr) {
       A* group = forward + space.forward.x;
@@ -470,18 +477,18 @@ struct WeightTasks {
   int64_t count() const { return 1 + of_w1() + of_w2(); }
 
   void run(const Backward<S>& call, const Unit<A>& unit, int64_t index) const {
-    const int64_t expert = unit.rows.expert, place = unit.place;
+    const int64_t expert = unit.rows.expert;
     if (index == 0) {
-      double* sums = call.bias_sums + place * (hidden + dim);
+      double* sums = call.bias_sums;
       if (unit.begins) std::fill_n(sums, hidden + dim, 0.0);
       for (int64_t chunk = 0; chunk < parts(unit.rows.count, kSumRows); ++chunk) {
         for (int64_t c = 0; c < hidden + dim; ++c) sums[c] += unit.sums[chunk * (hidden + dim) + c];
       }
       if (!unit.ends) return;
-      convert(sums, call.b1.sums(expert, place), hidden);
-      convert(sums + hidden, call.b2.sums(expert, place), dim);
-      call.b1.store(expert, place, 0, hidden);
-      call.b2.store(expert, place, 0, dim);
+      convert(sums, call.b1.sums(expert), hidden);
+      convert(sums + hidden, call.b2.sums(expert), dim);
+      call.b1.store(expert, 0, hidden);
+      call.b2.store(expert, 0, dim);
       return;
     }
     const bool first = index <= of_w1();
@@ -492,9 +499,9 @@ struct WeightTasks {
     const Gradient<S>& gradient = first ? call.w1 : call.w2;
     const int64_t rows = unit.rows.count;
     multiply_transposed(first ? unit.dz : unit.dy, rows, Columns<A>{first ? unit.x : unit.a, rows, 0}, 0, rows, top,
-                        bottom, left, right, gradient.sums(expert, place), columns, !unit.begins);
+                        bottom, left, right, gradient.sums(expert), columns, !unit.begins);
     if (!unit.ends) return;
-    for (int64_t r = top; r < bottom; ++r) gradient.store(expert, place, r * columns + left, right - left);
+    for (int64_t r = top; r < bottom; ++r) gradient.store(expert, r * columns + left, right - left);
   }
 
   int64_t dim, hidden;
