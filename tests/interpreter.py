@@ -132,7 +132,11 @@ def strict(order: str = "forward") -> Iterator[None]:
             converted.handle.data = np.array([memory.place(argument)], dtype=np.uint64)
         return converted
 
+    def lanes(mask):  # a scalar & a block is a block of integers to the interpreter, by which numpy would index
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
     def load(self, pointers, mask, other, *rest):
+        mask = lanes(mask)
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         real, ghost = memory.check(pointers.data, mask.data, program, store=False)
@@ -144,6 +148,7 @@ def strict(order: str = "forward") -> Iterator[None]:
         return originals["create_masked_load"](self, moved, mask, other, *rest)
 
     def store(self, pointers, value, mask, *rest):
+        mask = lanes(mask)
         real, ghost = memory.check(pointers.data, mask.data, program, store=True)
         if ghost is None:
             moved = interpreter.TensorHandle(real, pointers.dtype)

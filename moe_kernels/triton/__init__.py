@@ -6,6 +6,7 @@ Importing this package does not import triton; an operator's module is imported 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ MODULES = {
 """Operator → the module here that has the function of its name."""
 
 
+@cache  # every launch asks
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of ``device``, by which launches choose their configuration; (9, 0) where there is no GPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

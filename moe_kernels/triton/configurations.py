@@ -74,7 +74,9 @@ _AMPERE = _all(
     dw1=Tile(128, 128, 32, 4, 7),
     dw2=Tile(128, 128, 32, 4, 7),
 )
-_FLOAT32 = {"small": _all(Tile(64, 64, 32, 4, 3))} | dict.fromkeys(SIZES[1:], _all(Tile(128, 64, 32, 8, 3)))
+_FLOAT32 = {"small": _all(Tile(64, 64, 32, 4, 3), dz_recompute=Tile(64, 64, 32, 8, 3, width=16))} | dict.fromkeys(
+    SIZES[1:], _all(Tile(128, 64, 32, 8, 3))
+)
 _TALL, _WIDE = Tile(256, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)
 TABLE: dict[tuple[tuple[int, int], int], dict[str, Table]] = {
     ((9, 0), 2): {
@@ -84,7 +86,12 @@ TABLE: dict[tuple[tuple[int, int], int], dict[str, Table]] = {
         "wide": _HOPPER | {"down": _WIDE, "dx": _WIDE},
     },
     ((8, 0), 2): {
-        "small": _all(Tile(64, 64, 32, 4, 4, width=16), dw1=Tile(64, 64, 32, 4, 7), dw2=Tile(64, 64, 32, 4, 7)),
+        "small": _all(
+            Tile(64, 64, 32, 4, 4, width=16),
+            dz=Tile(64, 64, 32, 4, 4, width=8),
+            dw1=Tile(64, 64, 32, 4, 7),
+            dw2=Tile(64, 64, 32, 4, 7),
+        ),
         "medium": _AMPERE,
         "narrow": _AMPERE,
         "wide": _AMPERE,
@@ -97,7 +104,7 @@ TABLE: dict[tuple[tuple[int, int], int], dict[str, Table]] = {
 DEFAULT = _all(Tile(64, 64, 32, 4, 3))
 """Fits every device that Triton runs on: 48 KiB of shared memory in float32."""
 
-GATES = Tile(64, 128, 0, 4, 1)
+GATES = Tile(32, 128, 0, 4, 1)
 """*gates* reads rows once and has no product, whatever the device."""
 
 

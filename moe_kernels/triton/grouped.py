@@ -45,7 +45,10 @@ def row_tile_ends(offsets, assignments, EXPERTS: tl.constexpr, BLOCK_M: tl.const
     expert = tl.arange(0, triton.next_power_of_2(EXPERTS + 1))
     first = load_offsets(offsets, expert, expert <= EXPERTS, assignments)
     last = load_offsets(offsets, expert + 1, expert < EXPERTS, assignments)
-    return tl.cumsum(tl.cdiv(tl.maximum(last - first, 0), BLOCK_M).to(tl.int32))
+    ends = tl.cumsum(tl.cdiv(tl.maximum(last - first, 0), BLOCK_M).to(tl.int32))
+    # An invalid plan gives a row to several experts; buffers with a row for each row tile have row_tiles_bound of them.
+    bound = (tl.cast(assignments, tl.int64) + (EXPERTS + 1) * (BLOCK_M - 1)) // BLOCK_M
+    return tl.minimum(ends, bound.to(tl.int32))
 
 
 @triton.jit

@@ -24,8 +24,8 @@ from torch import Tensor
 from moe_kernels.triton import capability
 from moe_kernels.triton.selection import select
 
-MAX_EXPERTS = 1024
-"""More do not fit into the registers of one program."""
+MAX_EXPERTS = 256
+"""More do not fit into the registers of one program, which has at least 16 tokens."""
 EPS = tl.constexpr(1e-12)
 """The smallest norm, torch.nn.functional.normalize's."""
 MAX_LOG_SCALE = tl.constexpr(4.605170185988092)
@@ -274,18 +274,21 @@ def tile(extent: int, largest: int) -> int:
     return max(16, min(power, largest))
 
 
-def feature_tile(dim: int) -> int:
-    """Features of x at a time: fewer where rows are not aligned, and every element has an address of its own."""
-    return tile(dim, 64 if dim % 16 == 0 else 32)
+def feature_tile(dim: int, num_experts: int = 1) -> int:
+    """Features at a time: fewer where rows are not aligned, and every element has an address of its own.
+
+    And no more than leave room in shared memory for the tiles of all experts.
+    """
+    return tile(dim, min(64 if dim % 16 == 0 else 32, 8192 // tile(num_experts, MAX_EXPERTS)))
 
 
 def token_block(num_experts: int) -> int:
-    """Tokens a program takes: as many as leave the tiles of all experts in registers."""
-    return max(16, min(64, 8192 // tile(num_experts, MAX_EXPERTS)))
+    """Tokens a program takes: as few as a tensor-core operand has where the tiles of all experts fill the registers."""
+    return 64 if num_experts <= 32 else 16
 
 
 def selection_constants(num_experts: int, top_k: int, renormalize: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments that both directions of both routers share; raises on more experts than they hold."""
+    """Constants and warps that both directions of both routers share; raises on more experts than they hold."""
     if num_experts > MAX_EXPERTS:
         raise NotImplementedError(
             f"the Triton router holds at most {MAX_EXPERTS} experts, got {num_experts}; "
@@ -297,6 +300,7 @@ def selection_constants(num_experts: int, top_k: int, renormalize: bool, dtype: 
         "GATE_EPS": torch.finfo(dtype).eps,
         "T": token_block(num_experts),
         "E_PAD": tile(num_experts, MAX_EXPERTS),
+        "num_warps": 4 if num_experts <= 32 else 8,
     }
 
 
@@ -394,10 +398,9 @@ def routing_cosine(
             noise_std,
             PARTS=2 if split else 1,
             K_PAD=triton.next_power_of_2(top_k),
-            D=tile_d if split else min(tile_d, 32),
+            D=min(feature_tile(dim, num_experts), 64 if split else 32),
             P=tile(projected_dim, projected_tile),
-            **constants,
-            num_warps=8,
+            **constants | {"num_warps": 8},
             num_stages=3,
         )
     return *out.reduced(), projected
@@ -427,9 +430,8 @@ def routing_linear(
             dim,
             noise_std,
             K_PAD=triton.next_power_of_2(top_k),
-            D=feature_tile(dim),
+            D=feature_tile(dim, num_experts),
             **constants,
-            num_warps=4,
             num_stages=3,
         )
     return out.reduced()

@@ -353,7 +353,9 @@ def routing_cosine_backward(
     """Gradients of x, projection, bias, embedding and log_scale."""
     tokens, (num_experts, projected_dim) = x.shape[0], embedding.shape
     constants = selection_constants(num_experts, top_k, renormalize, logits.dtype)
-    x, projection, embedding = x.contiguous(), projection.contiguous(), embedding.contiguous()
+    x, projection, embedding, logits, projected, experts = (
+        t.contiguous() for t in (x, projection, embedding, logits, projected, experts)
+    )
     blocks = triton.cdiv(tokens, constants["T"])
     grad_projected, weights = torch.empty_like(projected), torch.empty_like(logits)
     partial_scale = logits.new_empty(blocks)
@@ -375,9 +377,8 @@ def routing_cosine_backward(
             num_experts,
             projected_dim,
             noise_std,
-            P=tile(projected_dim, 64),
+            P=tile(projected_dim, 64 if num_experts <= 128 else 32),
             **constants,
-            num_warps=4,
         )
     grad_x = _product(grad_projected, projection, x.dtype)
     grad_projection, grad_bias = _add(*_token_sums(grad_projected, x, bias=True))
@@ -415,6 +416,7 @@ def routing_linear_backward(
     """Gradients of x and weight."""
     tokens, num_experts = logits.shape
     constants = selection_constants(num_experts, top_k, renormalize, logits.dtype)
+    x, weight, logits, experts = (t.contiguous() for t in (x, weight, logits, experts))
     grad_logits = torch.empty_like(logits)
     if tokens:
         routing_linear_backward_kernel[(triton.cdiv(tokens, constants["T"]),)](
@@ -428,9 +430,7 @@ def routing_linear_backward(
             tokens,
             num_experts,
             noise_std,
-            **constants,
-            num_warps=4,
+            **constants | {"num_warps": max(4, constants["E_PAD"] // 16)},
         )
-    x, weight = x.contiguous(), weight.contiguous()
     grad_weight, _ = _add(_token_sums(grad_logits, x)[0])
     return _product(grad_logits, weight, x.dtype), grad_weight

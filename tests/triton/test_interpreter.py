@@ -82,6 +82,20 @@ def test_masked_lane_without_other_is_garbage(dtype):
     assert out.isnan() or out > 2**29
 
 
+@triton.jit
+def copy_if_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    mask = (tl.program_id(0) == 0) & (i < n)
+    tl.store(out + i, tl.load(x + i, mask=mask, other=0.0), mask=mask)
+
+
+def test_mask_of_a_scalar_and_a_block():
+    x, out = torch.randn(9), torch.zeros(9)
+    with interpreter.strict():
+        copy_if_kernel[(2,)](x, out, 9, BLOCK=16)
+    assert torch.equal(out, x)
+
+
 def test_two_programs_that_write_one_location_are_a_race():
     with interpreter.strict(), pytest.raises(InterpreterError, match="race"):
         last_writer_kernel[(2,)](torch.zeros(1, dtype=torch.int32))
