@@ -22,7 +22,6 @@ OPTIONAL = ("triton", "transformers")
 
 # Operators whose C++ kernels do all their sums themselves, in an order that does not depend on the number of
 # threads. The matrix products of the others, and everything on the reference, are torch's.
-OWN_ARITHMETIC = ("dispatch",)
 ANY_THREADS = "same bits for any number of threads"
 SAME_THREADS = "same bits for the same number of threads"
 SAME_DEVICE = "same bits on the same kind of device"
@@ -91,7 +90,7 @@ def extension() -> dict[str, str]:
 def _determinism(row: backend.Choice) -> str:
     if row.backend == "triton":
         return SAME_DEVICE
-    return ANY_THREADS if row.backend == "cpp" and row.operator in OWN_ARITHMETIC else SAME_THREADS
+    return ANY_THREADS if row.backend == "cpp" else SAME_THREADS
 
 
 def operators() -> tuple[list[dict[str, str]], str]:

@@ -16,8 +16,7 @@ float64 inputs), whatever the dtype of ``x`` and whether or not autocast is on.
 A NaN in a token makes its gates NaN and leaves the other tokens alone; its experts are then the first k.
 Gates and all statistics but ``counts``, ``entropy`` and ``confidence`` are differentiable, once; those of the
 reference any number of times.
-Deterministic; on a CPU the matrix products are the BLAS library's, so bit for bit the same for the same number of
-threads, on a GPU for the same kind of device.
+Deterministic: on a CPU bit for bit for any number of threads, on a GPU for the same kind of device.
 """
 
 from __future__ import annotations
