@@ -28,7 +28,7 @@ namespace {
 // enough that reading all weights for it does not show.
 constexpr int64_t kBlockRows = 3 * kSumRows;
 // Rows of a unit, in which the backward goes from the gradient of the output to those of the weights.
-constexpr int64_t kUnitRows = 4 * kBlockRows;
+constexpr int64_t kUnitRows = 3 * kBlockRows;
 // Rows of a unit for which packing its weights does not pay.
 constexpr int64_t kFewRows = 96;
 
@@ -151,13 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
   const int64_t block = block_rows(plan);
   const Sizes sizes = MOE_BY_ISA(backward_sizes<A>, kUnitRows, block, dim, hidden, !have_z);
 
-  // Three units are under way at once: one whose rows are worked on, one whose weights' gradients are, and one that
-  // waits for neither. Packed weights are needed only for the rows.
-  constexpr int64_t kSlots = 3, kPacks = 2;
+  // Two units are under way at once: one whose rows are worked on, and one whose weights' gradients are.
+  constexpr int64_t kSlots = 2;
   const std::vector<Rows> parts = pieces(plan, kUnitRows, kBlockRows);
   const int64_t sum_space = (kUnitRows + kSumRows - 1) / kSumRows * (hidden + dim);
-  const int64_t slots = std::min<int64_t>(kSlots, parts.size()), packs = std::min<int64_t>(kPacks, parts.size());
-  const int64_t of_operands = slots * sizes.operands(), of_weights = packs * (sizes.w1 + sizes.w2);
+  const int64_t slots = std::min<int64_t>(kSlots, parts.size());
+  const int64_t of_operands = slots * sizes.operands(), of_weights = slots * (sizes.w1 + sizes.w2);
   const Scratch<A> scratch(of_operands + of_weights + threads() * sizes.space);
   A *const operands = scratch.data(), *const weights = operands + of_operands, *const memory = weights + of_weights;
   std::vector<double> sums(slots * sum_space);
@@ -169,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
     const bool begins = u == 0 || parts[u - 1].expert != parts[u].expert;
     const bool ends = u + 1 == parts.size() || parts[u + 1].expert != parts[u].expert;
     A* own = operands + u % kSlots * sizes.operands();
-    A* pack = weights + u % kPacks * (sizes.w1 + sizes.w2);
+    A* pack = weights + u % kSlots * (sizes.w1 + sizes.w2);
     Unit<A> unit{parts[u],
                  begins,
                  ends,
@@ -216,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Ffn<S>
       const Unit<A>& unit = units[u];
       switch (task.stage) {
         case Task::kPack:
-          if (u >= kPacks) progress[u - kPacks].wait(Task::kRows);
+          if (u >= kSlots) progress[u - kSlots].wait(Task::kRows);
           MOE_BY_ISA(pack_weights, call, unit, task.index);
           break;
         case Task::kRows: {
