@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -20,12 +21,13 @@ struct Block {
 
 class Pool {
  public:
-  Block take(size_t bytes) {
+  // A block of `bytes` to `most`.
+  Block take(size_t bytes, size_t most) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++requests_;
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block) {
-      const bool fits = bytes <= block->bytes && block->bytes / 2 <= bytes;
+      const bool fits = bytes <= block->bytes && block->bytes <= most;
       if (fits && (best == free_.end() || block->bytes < best->bytes)) best = block;
     }
     Block taken{};
@@ -83,14 +85,18 @@ FromBlob from_blob() {
   return value;
 }
 
-}  // namespace
-
-void* take_memory(size_t bytes) {
+// Memory of `bytes` to `most`.
+void* take_between(size_t bytes, size_t most) {
   if (bytes == 0) return nullptr;
-  const Block block = pool().take(bytes);
+  const Block block = pool().take(bytes, most);
   if (poisoned()) std::memset(block.memory, 0xff, block.bytes);
   return block.memory;
 }
+
+}  // namespace
+
+// For one call any block will do.
+void* take_memory(size_t bytes) { return take_between(bytes, std::numeric_limits<size_t>::max()); }
 
 void give_memory(void* memory) {
   if (memory != nullptr) pool().give(memory);
@@ -106,7 +112,7 @@ Tensor take_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   if (from_blob() == nullptr || bytes < kLarge) return torch::stable::empty({sizes.data(), sizes.size()}, dtype);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(from_blob()(
-      take_memory(bytes), sizes.size(), sizes.data(), strides.data(), 0,
+      take_between(bytes, bytes + bytes / 4), sizes.size(), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), -1, &handle,
       aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { give_memory(memory); }, nullptr));
   return Tensor(handle);
