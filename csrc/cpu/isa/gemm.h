@@ -5,18 +5,13 @@
 // panel [k][width], whose rows are one to three vectors. With AVX-512 a tile of eight rows
 // by three vectors needs eleven loads for 24 multiply-adds, and leaves registers enough that compilers spill none.
 
+#include "vector.h"
+
 constexpr int kTileRows = MOE_VECTOR_BYTES / 8;
 constexpr int kPanelVectors = 3;
 // As many terms are summed in one chain; the chains' sums are then added. A longer chain would lose digits.
 constexpr int64_t kChain = 384;
 
-template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(MOE_VECTOR_BYTES)));
-  typedef A unaligned __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(alignof(A)), may_alias));
-};
-template <class A>
-constexpr int64_t kLanes = MOE_VECTOR_BYTES / sizeof(A);
 template <class A>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<A>;
 

@@ -1,0 +1,92 @@
+// The arithmetic of grad_projection on runs of elements. Included once for each instruction set (for_each_isa.h), so
+// there is no guard.
+
+#include "vector.h"
+
+// Terms that are summed in A before their sum goes into a double.
+constexpr int64_t kTerms = 1024;
+
+// The moments of g and the raw reference over n elements.
+template <Reference kReference, class A>
+void add_moments(const A* g, const A* w, const A* reference, int64_t n, Moments& sum) {
+  using V = typename Vector<A>::type;
+  using U = typename Vector<A>::unaligned;
+  constexpr int64_t lanes = kLanes<A>, width = 4 * lanes;
+  for (int64_t begin = 0; begin < n; begin += kTerms) {
+    const int64_t end = std::min(n, begin + kTerms);
+    V dot[4] = {}, loss[4] = {}, regularizer[4] = {};
+    int64_t i = begin;
+    for (; i + width <= end; i += width) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j) {
+        const V x = *reinterpret_cast<const U*>(g + i + j * lanes);
+        loss[j] += x * x;
+        if constexpr (kReference != Reference::kNone) {
+          V y = *reinterpret_cast<const U*>(reference + i + j * lanes);
+          if constexpr (kReference == Reference::kAnchor) y = *reinterpret_cast<const U*>(w + i + j * lanes) - y;
+          dot[j] += x * y;
+          regularizer[j] += y * y;
+        }
+      }
+    }
+    Moments run{};
+    for (; i < end; ++i) {
+      const double x = g[i], y = raw_reference<kReference>(w ? w[i] : A(0), reference ? reference[i] : A(0));
+      run += {x * y, x * x, y * y};
+    }
+    const V dots = (dot[0] + dot[1]) + (dot[2] + dot[3]);
+    const V losses = (loss[0] + loss[1]) + (loss[2] + loss[3]);
+    const V regularizers = (regularizer[0] + regularizer[1]) + (regularizer[2] + regularizer[3]);
+    for (int64_t j = 0; j < lanes; ++j) run += {double(dots[j]), double(losses[j]), double(regularizers[j])};
+    sum += run;
+  }
+}
+
+template <Reference kReference, class A>
+void combine(A a, A b, A* __restrict g, const A* __restrict w, const A* __restrict reference, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A weight = kReference == Reference::kAnchor ? w[i] : A(0);
+    g[i] = direction<kReference>(a, b, g[i], weight, kReference == Reference::kNone ? A(0) : reference[i]);
+  }
+}
+
+// Without a buffer there is no momentum; that of a first step is not read.
+template <Reference kReference, class A>
+void sgd_run(const Sgd<A>& step, bool first, A a, A b, const A* __restrict g, A* __restrict w,
+             const A* __restrict reference, A* __restrict buffer, int64_t n) {
+  const auto d = [=](int64_t i) MOE_INLINE_LAMBDA {
+    return direction<kReference>(a, b, g[i], w[i], kReference == Reference::kNone ? A(0) : reference[i]);
+  };
+  if (!buffer) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sgd(step, d(i), w[i]);
+  } else if (first) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      A momentum(0);
+      sgd(step, d(i), w[i], momentum);
+      buffer[i] = momentum;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sgd(step, d(i), w[i], buffer[i]);
+  }
+}
+
+template <Reference kReference, class A>
+void adamw_run(const AdamW<A>& step, A a, A b, const A* __restrict g, A* __restrict w, const A* __restrict reference,
+               A* __restrict exp_avg, A* __restrict exp_avg_sq, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A d = direction<kReference>(a, b, g[i], w[i], kReference == Reference::kNone ? A(0) : reference[i]);
+    adamw(step, d, w[i], exp_avg[i], exp_avg_sq[i]);
+  }
+}
+
+// g / scale, as torch's fused optimizers unscale.
+template <class A>
+void unscale(A* __restrict g, A scale, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] /= scale;
+}
