@@ -23,10 +23,10 @@ namespace {
 
 #include "for_each_isa.h"
 
-constexpr int64_t kChunk = 16384;      // elements
-constexpr int64_t kStaged = 1024;      // elements that are converted at once
-constexpr int64_t kCached = 1 << 20;   // elements of a segment whose second phase finds it in the shared cache
-constexpr int64_t kSharesEach = 4;     // segments a thread should have at least, where it does whole ones
+constexpr int64_t kChunk = 16384;     // elements
+constexpr int64_t kStaged = 1024;     // elements that are converted at once
+constexpr int64_t kCached = 1 << 20;  // elements of a segment whose second phase finds it in the shared cache
+constexpr int64_t kSharesEach = 4;    // segments a thread should have at least, where it does whole ones
 
 struct Operand {
   void* data = nullptr;
@@ -57,8 +57,7 @@ Operand operand(const Tensor& tensor, const char* name, int64_t numel) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
-                  name, ": expected float32, bfloat16, float16 or float64, got ",
-                  torch::headeronly::toString(dtype));
+                  name, ": expected float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
   return {tensor.mutable_data_ptr(), dtype};
 }
@@ -95,8 +94,7 @@ std::vector<Item> items_of(const Tensors& grads, const std::vector<int64_t>& seg
 double number(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == 1, name, ": expected one element, got ", tensor.numel());
   double value = 0;
-  by_dtype(name, tensor.scalar_type(),
-           [&](auto zero) { value = static_cast<double>(*data<decltype(zero)>(tensor)); });
+  by_dtype(name, tensor.scalar_type(), [&](auto zero) { value = static_cast<double>(*data<decltype(zero)>(tensor)); });
   return value;
 }
 
@@ -117,7 +115,7 @@ class Run {
         data_ = from;
       } else {
         data_ = staged_;
-        if (load) convert(from, staged_, n);
+        if (load) MOE_BY_ISA(convert_run, from, staged_, n);
       }
     });
   }
@@ -128,7 +126,7 @@ class Run {
     if (data_ != staged_) return;
     by_dtype("", operand_.dtype, [&](auto zero) {
       using T = decltype(zero);
-      convert(staged_, static_cast<T*>(operand_.data) + begin_, n_);
+      MOE_BY_ISA(convert_run, staged_, static_cast<T*>(operand_.data) + begin_, n_);
     });
   }
 
@@ -192,7 +190,8 @@ struct Factors {
 // One step over all items.
 class Step {
  public:
-  Step(std::vector<Item> items, int64_t rows, const Terms& terms) : terms_(terms), rows_(rows), items_(std::move(items)) {
+  Step(std::vector<Item> items, int64_t rows, const Terms& terms)
+      : terms_(terms), rows_(rows), items_(std::move(items)) {
     first_.reserve(items_.size() + 1);
     first_.push_back(0);
     for (size_t i = 0; i < items_.size(); ++i) {
@@ -308,7 +307,8 @@ class Step {
   template <class F>
   void over(int64_t begin, int64_t end, bool backwards, const F& f) const {
     std::vector<int64_t> elements(end - begin + 1, 0);
-    for (int64_t c = begin; c < end; ++c) elements[c - begin + 1] = elements[c - begin] + chunks_[c].end - chunks_[c].begin;
+    for (int64_t c = begin; c < end; ++c)
+      elements[c - begin + 1] = elements[c - begin] + chunks_[c].end - chunks_[c].begin;
     const int64_t total = elements.back(), parts = total <= kChunk ? 1 : threads();
     const auto bound = [&](int64_t part) {
       return begin + (std::lower_bound(elements.begin(), elements.end(), total * part / parts) - elements.begin());
@@ -394,14 +394,15 @@ void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor r
   Step(std::move(items), record.size(0), terms)
       .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
            [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors, [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-               using A = decltype(zero);
-               constexpr Reference kReference = decltype(kind)::value;
-               const Run<A> reference(item.reference, begin, n);
-               const Run<A> w(kReference == Reference::kAnchor ? item.w : Operand{}, begin, n);
-               MOE_BY_ISA(combine<kReference>, a, b, g.data(), w.data(), reference.data(), n);
-               g.store();
-             });
+             by_update(item, chunk, terms, factors,
+                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+                         using A = decltype(zero);
+                         constexpr Reference kReference = decltype(kind)::value;
+                         const Run<A> reference(item.reference, begin, n);
+                         const Run<A> w(kReference == Reference::kAnchor ? item.w : Operand{}, begin, n);
+                         MOE_BY_ISA(combine<kReference>, a, b, g.data(), w.data(), reference.data(), n);
+                         g.store();
+                       });
            });
 }
 
@@ -421,17 +422,18 @@ void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tens
   Step(std::move(items), record.size(0), terms)
       .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
            [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors, [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-               using A = decltype(zero);
-               constexpr Reference kReference = decltype(kind)::value;
-               const auto step = sgd_step<A>(rate, momentum, dampening, weight_decay, nesterov, first_step);
-               const Run<A> w(item.w, begin, n), buffer(item.first_state, begin, n, !first_step);
-               const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
-               MOE_BY_ISA(sgd_run<kReference>, step, first_step, a, b, g.data(), w.data(), reference.data(),
-                          buffer.data(), n);
-               w.store();
-               buffer.store();
-             });
+             by_update(item, chunk, terms, factors,
+                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+                         using A = decltype(zero);
+                         constexpr Reference kReference = decltype(kind)::value;
+                         const auto step = sgd_step<A>(rate, momentum, dampening, weight_decay, nesterov, first_step);
+                         const Run<A> w(item.w, begin, n), buffer(item.first_state, begin, n, !first_step);
+                         const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
+                         MOE_BY_ISA(sgd_run<kReference>, step, first_step, a, b, g.data(), w.data(), reference.data(),
+                                    buffer.data(), n);
+                         w.store();
+                         buffer.store();
+                       });
            });
 }
 
@@ -458,18 +460,20 @@ void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Te
   Step(std::move(items), record.size(0), terms)
       .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
            [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors, [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-               using A = decltype(zero);
-               constexpr Reference kReference = decltype(kind)::value;
-               const auto step = adamw_step<A>(rate, beta1, beta2, eps, weight_decay, *item.step);
-               const Run<A> w(item.w, begin, n), average(item.first_state, begin, n), square(item.second_state, begin, n);
-               const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
-               MOE_BY_ISA(adamw_run<kReference>, step, a, b, g.data(), w.data(), reference.data(), average.data(),
-                          square.data(), n);
-               w.store();
-               average.store();
-               square.store();
-             });
+             by_update(item, chunk, terms, factors,
+                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+                         using A = decltype(zero);
+                         constexpr Reference kReference = decltype(kind)::value;
+                         const auto step = adamw_step<A>(rate, beta1, beta2, eps, weight_decay, *item.step);
+                         const Run<A> w(item.w, begin, n), average(item.first_state, begin, n),
+                             square(item.second_state, begin, n);
+                         const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
+                         MOE_BY_ISA(adamw_run<kReference>, step, a, b, g.data(), w.data(), reference.data(),
+                                    average.data(), square.data(), n);
+                         w.store();
+                         average.store();
+                         square.store();
+                       });
            });
 }
 

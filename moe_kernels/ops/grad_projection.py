@@ -1,4 +1,4 @@
-"""``grad_projection``: a regularizer's gradient that does not hurt the empirical loss (DTNH, Algorithm 1) and relatives.
+"""``grad_projection``: regularizer gradients that do not hurt the empirical loss (DTNH, Algorithm 1), and relatives.
 
 Over a list of T tensors, g_i is the gradient of the empirical loss J and r_i that of the regularizer Ω: given, or
 2 (w_i − w⁰_i), which is that of Ω = ‖w − w⁰‖² (L2-SP, Eq. 2) and needs neither a backward nor memory. The *references*,
@@ -102,6 +102,7 @@ def weights(rule: str, record: Tensor, parameter: float = 0.0) -> tuple[Tensor, 
     return reference_kernels.weights(_index(rule), record[:, :3], parameter)
 
 
+@torch.no_grad()
 def moments(
     grads: Tensors,
     references: Tensors,
@@ -122,6 +123,7 @@ def moments(
     return kernel(grads, references, params, maximize, grad_scale)
 
 
+@torch.no_grad()
 def project_gradients_(
     grads: Tensors,
     references: Tensors,
@@ -142,12 +144,12 @@ def project_gradients_(
         Others as of :func:`sgd_`.
     """
     _check_lists(grads, references=references, params=params, segments=segments)
+    _touch(grads)
     kernel = _kernel(_COMBINE, reference_kernels.grad_projection, record, reference)
-    kernel(
-        grads, references, params, record, segments, _scalar(coefficient), _index(rule), float(parameter), reduce
-    )
+    kernel(grads, references, params, record, segments, _scalar(coefficient), _index(rule), float(parameter), reduce)
 
 
+@torch.no_grad()
 def sgd_(
     params: Tensors,
     grads: Tensors,
@@ -201,6 +203,7 @@ def sgd_(
     if len(momentum_buffers) != len(expected):
         raise ValueError(f"momentum_buffers: expected {len(expected)} tensors, got {len(momentum_buffers)}")
     _check_lists(params, grads=grads, references=references, segments=segments)
+    _touch(params)
     kernel = _kernel(_SGD, reference_kernels.sgd, record, reference)
     kernel(
         params,
@@ -226,6 +229,7 @@ def sgd_(
     )
 
 
+@torch.no_grad()
 def adamw_(
     params: Tensors,
     grads: Tensors,
@@ -267,6 +271,7 @@ def adamw_(
         steps=steps,
         segments=segments,
     )
+    _touch(params)
     kernel = _kernel(_ADAMW, reference_kernels.adamw, record, reference)
     kernel(
         params,
@@ -296,9 +301,14 @@ def adamw_(
 def _kernel(
     operator: Callable[..., Any], meaning: Callable[..., Any], like: Tensor, reference: bool
 ) -> Callable[..., Any]:
-    if not reference and backend.choose("grad_projection", like.device.type) != "reference":
-        return operator
-    return torch.no_grad()(meaning)
+    plain = reference or backend.choose("grad_projection", like.device.type) == "reference"
+    return meaning if plain else operator
+
+
+def _touch(tensors: Tensors) -> None:
+    """Tell autograd of a change in place, as the dispatcher does for torch's own operators."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _scalar(value: float | Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The meaning of ``grad_projection`` in plain PyTorch, on lists by ``torch._foreach_*``; the arguments are the operators'.
+"""The meaning of ``grad_projection`` in plain PyTorch, on lists by ``torch._foreach_*``; arguments as of the operators.
 
 It is also what runs on a GPU where the CUDA kernels were not built.
 """
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+List = list[Tensor] | tuple[Tensor, ...]
 
 RULES = ("none", "l2sp", "dtnh", "pcgrad", "agem", "digrap", "gradvac")
 
@@ -107,21 +109,20 @@ def sgd(
         _reduce(grads, references, anchors, record, segments, coefficient, maximize, grad_scale, found_inf)
     _count(record, found_inf)
     weight = _wide(params)
-    step = _directions(
+    step: List = _directions(
         grads, references, anchors, record, segments, coefficient, rule, parameter, maximize, grad_scale
     )
     if weight_decay:
         step = torch._foreach_add(step, weight, alpha=weight_decay)
     if momentum:
-        if first_step:
-            buffers = step
-        else:
+        buffers: List = step
+        if not first_step:
             buffers = torch._foreach_mul(_wide(momentum_buffers), momentum)
             buffers = torch._foreach_add(buffers, step, alpha=1 - dampening)
         step = torch._foreach_add(step, buffers, alpha=momentum) if nesterov else buffers
         _write(momentum_buffers, buffers, found_inf)
     _unscale(grads, grad_scale, found_inf)
-    _write(params, torch._foreach_sub(weight, _times(step, lr)), found_inf)
+    _write(params, torch._foreach_sub(weight, [change * lr.to(change) for change in step]), found_inf)
 
 
 def adamw(
@@ -172,10 +173,6 @@ def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
 
 
-def _times(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    return [tensor * factor.to(tensor.device).to(tensor.dtype) for tensor in tensors]
-
-
 def _gradients(grads: Sequence[Tensor], maximize: bool, grad_scale: Tensor | None) -> list[Tensor]:
     wide = _wide(grads)
     if grad_scale is not None:
@@ -218,7 +215,7 @@ def _reduce(
 def _count(record: Tensor, found_inf: Tensor | None) -> None:
     done = torch.ones((), dtype=torch.float64, device=record.device)
     if found_inf is not None:
-        done = done - (found_inf.double() != 0).reshape(())
+        done = done - (found_inf != 0).double().reshape(())
     record[:, 3] += done
     record[:, 4] += done * (record[:, 0] < 0)
     record[:, 5] += 1 - done
@@ -245,7 +242,7 @@ def _directions(
             continue
         result[i] = result[i] * a[segment].to(result[i].dtype)
         if i < len(pulls):
-            result[i] = result[i] + pulls[i] * b[segment].to(pulls[i].dtype)
+            result[i] = result[i] + pulls[i].to(result[i].dtype) * b[segment].to(result[i].dtype)
     return result
 
 

@@ -1,10 +1,14 @@
 // The arithmetic of grad_projection on runs of elements. Included once for each instruction set (for_each_isa.h), so
 // there is no guard.
 
+#include "convert.h"
 #include "vector.h"
 
 // Terms that are summed in A before their sum goes into a double.
 constexpr int64_t kTerms = 1024;
+
+// Elements that are fetched ahead: the processor itself stops at the end of a page.
+constexpr int64_t kAhead = 256;
 
 // The moments of g and the raw reference over n elements.
 template <Reference kReference, class A>
@@ -19,11 +23,16 @@ void add_moments(const A* g, const A* w, const A* reference, int64_t n, Moments&
     for (; i + width <= end; i += width) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; ++j) {
+        __builtin_prefetch(g + i + j * lanes + kAhead);
         const V x = *reinterpret_cast<const U*>(g + i + j * lanes);
         loss[j] += x * x;
         if constexpr (kReference != Reference::kNone) {
+          __builtin_prefetch(reference + i + j * lanes + kAhead);
           V y = *reinterpret_cast<const U*>(reference + i + j * lanes);
-          if constexpr (kReference == Reference::kAnchor) y = *reinterpret_cast<const U*>(w + i + j * lanes) - y;
+          if constexpr (kReference == Reference::kAnchor) {
+            __builtin_prefetch(w + i + j * lanes + kAhead);
+            y = *reinterpret_cast<const U*>(w + i + j * lanes) - y;
+          }
           dot[j] += x * y;
           regularizer[j] += y * y;
         }
