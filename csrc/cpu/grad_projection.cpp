@@ -131,7 +131,7 @@ class Run {
   }
 
  private:
-  const Operand& operand_;
+  const Operand operand_;
   int64_t begin_, n_;
   A* data_ = nullptr;
   alignas(64) A staged_[kStaged];
@@ -182,18 +182,70 @@ Moments chunk_moments(const Item& item, const Chunk& chunk, const Terms& terms) 
   return scaled(sum, terms.sign / terms.scale, terms.raw_factor());
 }
 
-// What becomes of one item: the weights of its segment as factors of the stored g and of the raw reference.
-struct Factors {
-  double a, b;
+// The record and how it becomes weights.
+struct Projection {
+  double* record;
+  int64_t rows;
+  double coefficient;
+  Rule rule;
+  double parameter;
+
+  double* row(int64_t segment) const { return record + segment * kColumns; }
+
+  // The weights of a segment as factors of the stored g and of the raw reference.
+  struct Factors {
+    double a, b;
+  };
+  Factors factors(int64_t segment, const Terms& terms) const {
+    if (segment < 0) return {terms.sign, 0};
+    const double* m = row(segment);
+    const Weights w = weights(rule, parameter, {m[0], m[1], m[2]});
+    return {w.a * terms.sign, w.b * coefficient * terms.raw_factor()};
+  }
+
+  void count_step() const {
+    for (int64_t segment = 0; segment < rows; ++segment) {
+      row(segment)[kSteps] += 1;
+      row(segment)[kConflicts] += row(segment)[0] < 0;
+    }
+  }
+};
+using Factors = Projection::Factors;
+
+// Phase 2 of a chunk: calls f(kind, item, run of g, begin, n, a, b) for its runs, with g unscaled where it has to be.
+template <class F>
+void by_update(const Item& item, const Chunk& chunk, const Terms& terms, const Factors& factors, const F& f) {
+  by_kind(item, factors.b == 0 ? Reference::kNone : terms.reference, [&](auto zero, auto kind) {
+    using A = decltype(zero);
+    by_run<A>(item, chunk, [&](int64_t begin, int64_t n) {
+      const Run<A> g(item.g, begin, n);
+      if (terms.scale != 1) {
+        MOE_BY_ISA(unscale, g.data(), static_cast<A>(terms.scale), n);
+        g.store();
+      }
+      f(kind, item, g, begin, n, static_cast<A>(factors.a), static_cast<A>(factors.b));
+    });
+  });
+}
+
+// The items of every segment in their order, then those of none.
+struct Segments {
+  Segments(const std::vector<Item>& all, int64_t rows) : first(rows + 3), numel(rows + 1), items(all.size()) {
+    const auto list = [rows](const Item& item) { return item.segment < 0 ? rows : item.segment; };
+    for (const Item& item : all) ++first[list(item) + 2], numel[list(item)] += item.numel;
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    for (size_t i = 0; i < all.size(); ++i) items[first[list(all[i]) + 1]++] = static_cast<int64_t>(i);
+  }
+  const int64_t* begin(int64_t segment) const { return items.data() + first[segment]; }
+  const int64_t* end(int64_t segment) const { return items.data() + first[segment + 1]; }
+
+  std::vector<int64_t> first, numel, items;
 };
 
-// One step over all items.
-class Step {
+// Both phases over the chunks of a list.
+class Phases {
  public:
-  Step(std::vector<Item> items, int64_t rows, const Terms& terms)
-      : terms_(terms), rows_(rows), items_(std::move(items)) {
-    first_.reserve(items_.size() + 1);
-    first_.push_back(0);
+  Phases(std::vector<Item> items, const Terms& terms) : terms_(terms), items_(std::move(items)), first_(1) {
     for (size_t i = 0; i < items_.size(); ++i) {
       for (int64_t begin = 0; begin < items_[i].numel; begin += kChunk) {
         chunks_.push_back({static_cast<int64_t>(i), begin, std::min(begin + kChunk, items_[i].numel)});
@@ -203,7 +255,7 @@ class Step {
     partial_.resize(chunks_.size());
   }
 
-  // Phase 1 of all items: the moments of each, unweighted.
+  // Phase 1: the moments of every item, unweighted.
   std::vector<Moments> moments() {
     over(0, chunks_.size(), false, [&](int64_t c) { measure(c); });
     std::vector<Moments> result(items_.size());
@@ -211,88 +263,60 @@ class Step {
     return result;
   }
 
-  // Both phases, or the second with what stands in the record. update(item, chunk, factors) is phase 2 of a chunk.
+  // Both phases, or the second with what stands in the record. update is called as by_update says.
   template <class Update>
-  void run(double* record, double coefficient, Rule rule, double parameter, bool reduce, const Update& update) {
-    const auto sum = [&](int64_t segment, const int64_t* begin, const int64_t* end) {
-      Moments total{};
-      for (const int64_t* i = begin; i < end; ++i) total += scaled(moments_of(*i), 1, coefficient);
-      double* row = record + segment * kColumns;
-      row[0] = total.dot, row[1] = total.loss, row[2] = total.regularizer;
-    };
-    const auto factors = [&](const Item& item) -> Factors {
-      if (item.segment < 0) return {terms_.sign, 0};
-      const double* row = record + item.segment * kColumns;
-      const Weights w = weights(rule, parameter, {row[0], row[1], row[2]});
-      return {w.a * terms_.sign, w.b * coefficient * terms_.raw_factor()};
-    };
+  void run(const Projection& projection, bool reduce, const Update& update) {
     const auto finish = [&](int64_t c) {
       const Item& item = items_[chunks_[c].item];
-      update(item, chunks_[c], factors(item));
+      by_update(item, chunks_[c], terms_, projection.factors(item.segment, terms_), update);
     };
-    const Lists lists = by_segment();
-    if (!reduce || rows_ <= 1) {
-      if (reduce) {
-        over(0, chunks_.size(), false, [&](int64_t c) {
-          if (items_[chunks_[c].item].segment >= 0) measure(c);
-        });
-        if (rows_ == 1) sum(0, lists.begin(0), lists.end(0));
+    if (reduce && projection.rows > 1) {
+      apart(projection, finish);
+    } else {
+      if (reduce && projection.rows == 1) {
+        const Segments segments(items_, 1);
+        over_items(segments.begin(0), segments.end(0), false, [&](int64_t c) { measure(c); });
+        sum(projection, segments, 0);
       }
       over(0, chunks_.size(), true, finish);
-    } else {
-      // Whole segments are shared out, the largest first; one too large for that is shared by all threads.
-      std::vector<int64_t> whole;
-      const int64_t total = std::accumulate(items_.begin(), items_.end(), int64_t{0},
-                                            [](int64_t n, const Item& item) { return n + item.numel; });
-      const int64_t largest = std::min(kCached, std::max(kChunk, total / (kSharesEach * threads())));
-      for (int64_t segment = 0; segment < rows_; ++segment) {
-        if (lists.numel[segment] <= largest) {
-          whole.push_back(segment);
-          continue;
-        }
-        over_items(lists.begin(segment), lists.end(segment), false, [&](int64_t c) { measure(c); });
-        sum(segment, lists.begin(segment), lists.end(segment));
-        over_items(lists.begin(segment), lists.end(segment), true, finish);
-      }
-      std::stable_sort(whole.begin(), whole.end(),
-                       [&](int64_t a, int64_t b) { return lists.numel[a] > lists.numel[b]; });
-      std::atomic<size_t> next{0};
-      on_every_thread([&](int64_t) {
-        for (size_t k = next++; k < whole.size(); k = next++) {
-          const int64_t *begin = lists.begin(whole[k]), *end = lists.end(whole[k]);
-          for (const int64_t* i = begin; i < end; ++i) {
-            for (int64_t c = first_[*i]; c < first_[*i + 1]; ++c) measure(c);
-          }
-          sum(whole[k], begin, end);
-          for (const int64_t* i = end; i-- > begin;) {
-            for (int64_t c = first_[*i + 1]; c-- > first_[*i];) finish(c);
-          }
-        }
-      });
-      over_items(lists.begin(rows_), lists.end(rows_), true, finish);  // what is left alone
     }
-    for (int64_t segment = 0; segment < rows_; ++segment) {
-      double* row = record + segment * kColumns;
-      row[kSteps] += 1;
-      row[kConflicts] += row[0] < 0;
-    }
+    projection.count_step();
   }
 
  private:
-  // The items of every segment in their order, then those of none.
-  struct Lists {
-    std::vector<int64_t> first, items, numel;
-    const int64_t* begin(int64_t segment) const { return items.data() + first[segment]; }
-    const int64_t* end(int64_t segment) const { return items.data() + first[segment + 1]; }
-  };
-
-  Lists by_segment() const {
-    Lists lists{std::vector<int64_t>(rows_ + 3), std::vector<int64_t>(items_.size()), std::vector<int64_t>(rows_ + 1)};
-    const auto row = [&](const Item& item) { return item.segment < 0 ? rows_ : item.segment; };
-    for (const Item& item : items_) ++lists.first[row(item) + 2], lists.numel[row(item)] += item.numel;
-    std::partial_sum(lists.first.begin(), lists.first.end(), lists.first.begin());
-    for (size_t i = 0; i < items_.size(); ++i) lists.items[lists.first[row(items_[i]) + 1]++] = static_cast<int64_t>(i);
-    return lists;
+  // Segment by segment: small ones are shared out whole, the largest first; all threads share one that is too large.
+  template <class Finish>
+  void apart(const Projection& projection, const Finish& finish) {
+    const Segments segments(items_, projection.rows);
+    const auto measured = [&](int64_t c) { measure(c); };
+    const int64_t total = std::accumulate(segments.numel.begin(), segments.numel.end(), int64_t{0});
+    const int64_t largest = std::min(kCached, std::max(kChunk, total / (kSharesEach * threads())));
+    std::vector<int64_t> whole;
+    for (int64_t segment = 0; segment < projection.rows; ++segment) {
+      if (segments.numel[segment] <= largest) {
+        whole.push_back(segment);
+        continue;
+      }
+      over_items(segments.begin(segment), segments.end(segment), false, measured);
+      sum(projection, segments, segment);
+      over_items(segments.begin(segment), segments.end(segment), true, finish);
+    }
+    std::stable_sort(whole.begin(), whole.end(),
+                     [&](int64_t a, int64_t b) { return segments.numel[a] > segments.numel[b]; });
+    std::atomic<size_t> next{0};
+    on_every_thread([&](int64_t) {
+      for (size_t k = next++; k < whole.size(); k = next++) {
+        const int64_t *begin = segments.begin(whole[k]), *end = segments.end(whole[k]);
+        for (const int64_t* i = begin; i < end; ++i) {
+          for (int64_t c = first_[*i]; c < first_[*i + 1]; ++c) measure(c);
+        }
+        sum(projection, segments, whole[k]);
+        for (const int64_t* i = end; i-- > begin;) {
+          for (int64_t c = first_[*i + 1]; c-- > first_[*i];) finish(c);
+        }
+      }
+    });
+    over_items(segments.begin(projection.rows), segments.end(projection.rows), true, finish);  // what is left alone
   }
 
   void measure(int64_t c) { partial_[c] = chunk_moments(items_[chunks_[c].item], chunks_[c], terms_); }
@@ -303,12 +327,23 @@ class Step {
     return sum;
   }
 
+  // The moments of a segment, r weighted, into its row.
+  void sum(const Projection& projection, const Segments& segments, int64_t segment) const {
+    Moments total{};
+    for (const int64_t* i = segments.begin(segment); i < segments.end(segment); ++i) {
+      total += scaled(moments_of(*i), 1, projection.coefficient);
+    }
+    double* row = projection.row(segment);
+    row[0] = total.dot, row[1] = total.loss, row[2] = total.regularizer;
+  }
+
   // Calls f for the chunks [begin, end): every thread has a range of about as many elements, backwards if asked.
   template <class F>
   void over(int64_t begin, int64_t end, bool backwards, const F& f) const {
     std::vector<int64_t> elements(end - begin + 1, 0);
-    for (int64_t c = begin; c < end; ++c)
+    for (int64_t c = begin; c < end; ++c) {
       elements[c - begin + 1] = elements[c - begin] + chunks_[c].end - chunks_[c].begin;
+    }
     const int64_t total = elements.back(), parts = total <= kChunk ? 1 : threads();
     const auto bound = [&](int64_t part) {
       return begin + (std::lower_bound(elements.begin(), elements.end(), total * part / parts) - elements.begin());
@@ -323,50 +358,34 @@ class Step {
 
   template <class F>
   void over_items(const int64_t* begin, const int64_t* end, bool backwards, const F& f) const {
-    for (const int64_t* i = begin; i < end; ++i) over(first_[*i], first_[*i + 1], backwards, f);
+    while (begin < end) {  // neighbours at once
+      const int64_t* next = begin + 1;
+      while (next < end && *next == next[-1] + 1) ++next;
+      over(first_[*begin], first_[next[-1] + 1], backwards, f);
+      begin = next;
+    }
   }
 
   const Terms terms_;
-  const int64_t rows_;
   const std::vector<Item> items_;
   std::vector<Chunk> chunks_;
   std::vector<int64_t> first_;  // chunk of every item
   std::vector<Moments> partial_;
 };
 
-// Phase 2 of a chunk: f(zero, kind, run of g, begin, n, a, b) with g unscaled where it has to be.
-template <class F>
-void by_update(const Item& item, const Chunk& chunk, const Terms& terms, const Factors& factors, const F& f) {
-  by_kind(item, factors.b == 0 ? Reference::kNone : terms.reference, [&](auto zero, auto kind) {
-    using A = decltype(zero);
-    by_run<A>(item, chunk, [&](int64_t begin, int64_t n) {
-      const Run<A> g(item.g, begin, n);
-      if (terms.scale != 1) {
-        MOE_BY_ISA(unscale, g.data(), static_cast<A>(terms.scale), n);
-        g.store();
-      }
-      f(zero, kind, g, begin, n, static_cast<A>(factors.a), static_cast<A>(factors.b));
-    });
-  });
-}
-
-Rule checked(int64_t rule) {
-  STD_TORCH_CHECK(0 <= rule && rule < kRules, "rule: expected 0 to ", kRules - 1, ", got ", rule);
-  return static_cast<Rule>(rule);
-}
-
-double* rows_of(const Tensor& record) {
+Projection projection_of(const Tensor& record, const Tensor& coefficient, int64_t rule, double parameter) {
   STD_TORCH_CHECK(record.scalar_type() == ScalarType::Double && record.dim() == 2 && record.size(1) == kColumns &&
                       record.is_contiguous(),
                   "record: expected a contiguous float64 tensor of shape (S, ", kColumns, ")");
-  return mutable_data<double>(record);
+  STD_TORCH_CHECK(0 <= rule && rule < kRules, "rule: expected 0 to ", kRules - 1, ", got ", rule);
+  return {mutable_data<double>(record), record.size(0), number(coefficient, "coefficient"), static_cast<Rule>(rule),
+          parameter};
 }
 
 // Whether a scaler found a gradient that is not finite; then the step is only counted.
-bool skipped(const Tensor& record, const std::optional<Tensor>& found_inf) {
-  double* row = rows_of(record);
+bool skipped(const Projection& projection, const std::optional<Tensor>& found_inf) {
   if (number_or(found_inf, "found_inf", 0) == 0) return false;
-  for (int64_t segment = 0; segment < record.size(0); ++segment) row[segment * kColumns + kSkipped] += 1;
+  for (int64_t segment = 0; segment < projection.rows; ++segment) projection.row(segment)[kSkipped] += 1;
   return true;
 }
 
@@ -374,12 +393,12 @@ Tensor grad_projection_moments(Tensors grads, Tensors references, Tensors params
                                std::optional<Tensor> grad_scale) {
   const Terms terms{params.empty() ? Reference::kGiven : Reference::kAnchor, maximize ? -1.0 : 1.0,
                     number_or(grad_scale, "grad_scale", 1)};
-  std::vector<Item> items = items_of(grads, {}, static_cast<int64_t>(grads.size()));
+  std::vector<Item> items = items_of(grads, {}, grads.size());
   add(items, references, "references", &Item::reference);
   add(items, params, "params", &Item::w, &Item::g, true);
   const Tensor result = empty({static_cast<int64_t>(grads.size()), 3}, ScalarType::Double);
   double* row = mutable_data<double>(result);
-  for (const Moments& m : Step(std::move(items), 0, terms).moments()) {
+  for (const Moments& m : Phases(std::move(items), terms).moments()) {
     *row++ = m.dot, *row++ = m.loss, *row++ = m.regularizer;
   }
   return result;
@@ -391,19 +410,15 @@ void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor r
   std::vector<Item> items = items_of(grads, segments, record.size(0));
   add(items, references, "references", &Item::reference);
   add(items, params, "params", &Item::w, &Item::g, true);
-  Step(std::move(items), record.size(0), terms)
-      .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
-           [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors,
-                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-                         using A = decltype(zero);
-                         constexpr Reference kReference = decltype(kind)::value;
-                         const Run<A> reference(item.reference, begin, n);
-                         const Run<A> w(kReference == Reference::kAnchor ? item.w : Operand{}, begin, n);
-                         MOE_BY_ISA(combine<kReference>, a, b, g.data(), w.data(), reference.data(), n);
-                         g.store();
-                       });
-           });
+  const auto update = [](auto kind, const Item& item, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+    using A = decltype(a);
+    constexpr Reference kReference = decltype(kind)::value;
+    const Run<A> reference(item.reference, begin, n);
+    const Run<A> w(kReference == Reference::kAnchor ? item.w : Operand{}, begin, n);
+    MOE_BY_ISA(combine<kReference>, a, b, g.data(), w.data(), reference.data(), n);
+    g.store();
+  };
+  Phases(std::move(items), terms).run(projection_of(record, coefficient, rule, parameter), reduce, update);
 }
 
 void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tensors momentum_buffers, Tensor record,
@@ -411,7 +426,8 @@ void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tens
                          double parameter, bool reduce, Tensor lr, double momentum, double dampening,
                          double weight_decay, bool nesterov, bool maximize, bool first_step,
                          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  if (skipped(record, found_inf)) return;
+  const Projection projection = projection_of(record, coefficient, rule, parameter);
+  if (skipped(projection, found_inf)) return;
   const Terms terms{anchored ? Reference::kAnchor : Reference::kGiven, maximize ? -1.0 : 1.0,
                     number_or(grad_scale, "grad_scale", 1)};
   std::vector<Item> items = items_of(grads, segments, record.size(0));
@@ -419,22 +435,17 @@ void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tens
   add(items, references, "references", &Item::reference);
   add(items, momentum_buffers, "momentum_buffers", &Item::first_state, &Item::g, momentum == 0);
   const double rate = number(lr, "lr");
-  Step(std::move(items), record.size(0), terms)
-      .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
-           [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors,
-                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-                         using A = decltype(zero);
-                         constexpr Reference kReference = decltype(kind)::value;
-                         const auto step = sgd_step<A>(rate, momentum, dampening, weight_decay, nesterov, first_step);
-                         const Run<A> w(item.w, begin, n), buffer(item.first_state, begin, n, !first_step);
-                         const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
-                         MOE_BY_ISA(sgd_run<kReference>, step, first_step, a, b, g.data(), w.data(), reference.data(),
-                                    buffer.data(), n);
-                         w.store();
-                         buffer.store();
-                       });
-           });
+  const auto update = [&](auto kind, const Item& item, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+    using A = decltype(a);
+    constexpr Reference kReference = decltype(kind)::value;
+    const auto step = sgd_step<A>(rate, momentum, dampening, weight_decay, nesterov, first_step);
+    const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
+    const Run<A> w(item.w, begin, n), buffer(item.first_state, begin, n, !first_step);
+    MOE_BY_ISA(sgd_run<kReference>, step, first_step, a, b, g.data(), w.data(), reference.data(), buffer.data(), n);
+    w.store();
+    buffer.store();
+  };
+  Phases(std::move(items), terms).run(projection, reduce, update);
 }
 
 void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -442,7 +453,8 @@ void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Te
                            Tensor coefficient, int64_t rule, double parameter, bool reduce, Tensor lr, double beta1,
                            double beta2, double eps, double weight_decay, bool maximize,
                            std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  if (skipped(record, found_inf)) return;
+  const Projection projection = projection_of(record, coefficient, rule, parameter);
+  if (skipped(projection, found_inf)) return;
   const Terms terms{anchored ? Reference::kAnchor : Reference::kGiven, maximize ? -1.0 : 1.0,
                     number_or(grad_scale, "grad_scale", 1)};
   std::vector<Item> items = items_of(grads, segments, record.size(0));
@@ -457,24 +469,19 @@ void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Te
     items[i].step = data<float>(steps[i]);
   }
   const double rate = number(lr, "lr");
-  Step(std::move(items), record.size(0), terms)
-      .run(rows_of(record), number(coefficient, "coefficient"), checked(rule), parameter, reduce,
-           [&](const Item& item, const Chunk& chunk, const Factors& factors) {
-             by_update(item, chunk, terms, factors,
-                       [&](auto zero, auto kind, auto& g, int64_t begin, int64_t n, auto a, auto b) {
-                         using A = decltype(zero);
-                         constexpr Reference kReference = decltype(kind)::value;
-                         const auto step = adamw_step<A>(rate, beta1, beta2, eps, weight_decay, *item.step);
-                         const Run<A> w(item.w, begin, n), average(item.first_state, begin, n),
-                             square(item.second_state, begin, n);
-                         const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
-                         MOE_BY_ISA(adamw_run<kReference>, step, a, b, g.data(), w.data(), reference.data(),
-                                    average.data(), square.data(), n);
-                         w.store();
-                         average.store();
-                         square.store();
-                       });
-           });
+  const auto update = [&](auto kind, const Item& item, auto& g, int64_t begin, int64_t n, auto a, auto b) {
+    using A = decltype(a);
+    constexpr Reference kReference = decltype(kind)::value;
+    const auto step = adamw_step<A>(rate, beta1, beta2, eps, weight_decay, *item.step);
+    const Run<A> reference(kReference == Reference::kNone ? Operand{} : item.reference, begin, n);
+    const Run<A> w(item.w, begin, n), average(item.first_state, begin, n), square(item.second_state, begin, n);
+    MOE_BY_ISA(adamw_run<kReference>, step, a, b, g.data(), w.data(), reference.data(), average.data(), square.data(),
+               n);
+    w.store();
+    average.store();
+    square.store();
+  };
+  Phases(std::move(items), terms).run(projection, reduce, update);
 }
 
 }  // namespace

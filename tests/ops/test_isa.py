@@ -11,6 +11,7 @@ from support import assert_within_budget, nudged
 from moe_kernels import backend
 from moe_kernels.ops.dispatch import dispatch
 from moe_kernels.ops.expert_ffn import expert_ffn
+from moe_kernels.ops.grad_projection import adamw_, new_record, project_gradients_, sgd_
 from moe_kernels.ops.routing import route
 
 pytestmark = pytest.mark.skipif(bool(backend.refusal("cpp", "cpu")), reason="the C++ kernels were not built")
@@ -34,7 +35,7 @@ def test_a_set_that_is_not_there_is_refused_by_name():
 def test_all_shapes_in_a_process_of(isa):
     if in_process_of(isa, "-c", "import moe_kernels._C").returncode != 0:
         pytest.skip(f"this processor has no {isa}")
-    result = in_process_of(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "shape_within_budget")
+    result = in_process_of(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "within_budget")
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -100,3 +101,43 @@ def test_routing_of_shape_within_budget(shape):
         return dict(zip(("gates", *leaves), (routing.gates, *grads), strict=True))
 
     assert_kernel_within_budget(run, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["direction", "sgd", "adamw"])
+def test_grad_projection_within_budget(kind, dtype):
+    sizes = (1, 70, 1025, 20000)
+    tensors = {f"{name}{n}": torch.randn(n).to(dtype) for name in ("w", "g", "anchor", "m") for n in sizes}
+    tensors |= {f"v{n}": torch.rand(n).to(dtype) for n in sizes}
+    common = {"segments": [0] * len(sizes), "coefficient": 0.3, "rule": "dtnh"}
+
+    def run(name, tensors):
+        w, g, anchor, m, v = ([tensors[f"{kind}{n}"].clone() for n in sizes] for kind in ("w", "g", "anchor", "m", "v"))
+        options = {**common, "record": new_record(1), "reference": name == "reference"}
+        if kind == "direction":
+            project_gradients_(g, anchor, params=w, **options)
+            return dict(zip(map(str, sizes), g, strict=True))
+        if kind == "sgd":
+            sgd_(w, g, anchor, m, anchored=True, lr=0.1, momentum=0.9, **options)
+        else:
+            betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
+            adamw_(w, g, anchor, m, v, [torch.ones(())] * len(sizes), anchored=True, lr=0.1, **betas, **options)
+        return dict(zip(map(str, sizes), w, strict=True))
+
+    assert_kernel_within_budget(run, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_and_its_rounding_are_torchs_within_budget(dtype):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    options = {"record": new_record(1), "segments": [-1], "coefficient": 0.0, "rule": "none"}
+    kept = every.clone()
+    project_gradients_([kept], [], **options)
+    assert torch.equal(kept.nan_to_num(), every.nan_to_num())
+    assert torch.equal(kept.isnan(), every.isnan())
+    assert torch.equal(kept.signbit(), every.signbit())
+    w, g = every.repeat(4), every[torch.randint(65536, (4 * 65536,))]
+    rounded = (w.float() - g.float()).to(dtype)
+    sgd_([w], [g], [], [], anchored=False, lr=1.0, **options)
+    assert torch.equal(w.isnan(), rounded.isnan())
+    assert torch.equal(w.nan_to_num(), rounded.nan_to_num())
