@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 SETUP := setup.py pyproject.toml constraints.txt Makefile
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # ninja is found on the path, where torch looks for it.

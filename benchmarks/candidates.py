@@ -16,7 +16,7 @@ OURS = "ours"
 GRADIENT = "gradient of "
 
 Value = Tensor | Sequence[Tensor]
-"""One tensor, or one for each expert."""
+"""One tensor, or several: of every expert, or of every parameter."""
 Outputs = Mapping[str, Value]
 Candidate = Callable[[], Outputs]
 Function = Callable[..., Mapping[str, Tensor]]

@@ -16,7 +16,7 @@ from moe_kernels.benchmarks.candidates import BOTH, FORWARD, OURS, Candidate, Fu
 from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.inductor import PREFIX, compiled
 from moe_kernels.benchmarks.limits import Work
-from moe_kernels.benchmarks.workloads import Draw, Workload
+from moe_kernels.benchmarks.workloads import QUICK, SUITES, Draw, Tokens
 from moe_kernels.ops.dispatch import combine, dispatch, gather
 
 PLAN = "plan"
@@ -83,7 +83,7 @@ def _copies(x: Tensor, top_k: int, direction: str) -> Candidate:
     return run
 
 
-def work(workload: Workload, direction: str) -> Work:
+def work(workload: Tokens, direction: str) -> Work:
     """Bytes only: ids → order, inverse, offsets and what is kept; gather T → A rows; combine A rows and gates → T.
 
     In the backward the combine reads T rows and again the A rows and gates, and writes the gradients of both; the
@@ -100,7 +100,7 @@ def work(workload: Workload, direction: str) -> Work:
     return Work(0, forward + (2 * workload.tokens + 3 * assignments) * row + 2 * gates)
 
 
-def _build(workload: Workload, direction: str, device: torch.device) -> Case:
+def _build(workload: Tokens, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     others = {"experts": draw.experts(), "num_experts": workload.num_experts}
     ours: Function
@@ -131,4 +131,4 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     )
 
 
-BENCHMARK = Benchmark(_build, directions=(PLAN, FORWARD, BOTH))
+BENCHMARK = Benchmark(_build, SUITES, QUICK, directions=(PLAN, FORWARD, BOTH))

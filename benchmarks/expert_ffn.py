@@ -21,7 +21,7 @@ from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.inductor import PREFIX
 from moe_kernels.benchmarks.limits import Work
 from moe_kernels.benchmarks.peers import LIBRARIES, Peer, apart, candidates
-from moe_kernels.benchmarks.workloads import Draw, Workload
+from moe_kernels.benchmarks.workloads import QUICK, SUITES, Draw, Tokens
 from moe_kernels.ops.dispatch import dispatch
 from moe_kernels.ops.expert_ffn import expert_ffn
 
@@ -133,7 +133,7 @@ def products(x: Tensor, w1: Tensor, w2: Tensor, experts: Tensor, direction: str)
     return found
 
 
-def work(workload: Workload, direction: str) -> Work:
+def work(workload: Tokens, direction: str) -> Work:
     """The two products of every assignment; tokens, ids, gates and parameters in, tokens or gradients out."""
     assignments, size = workload.tokens * workload.top_k, workload.torch_dtype.itemsize
     dim, hidden_dim = workload.dim, workload.hidden_dim
@@ -147,7 +147,7 @@ def work(workload: Workload, direction: str) -> Work:
     return Work(3 * flops, forward + (tokens + tokens + ids + gates + parameters) + (tokens + gates + parameters))
 
 
-def _build(workload: Workload, direction: str, device: torch.device) -> Case:
+def _build(workload: Tokens, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     tokens, dim, hidden_dim, num_experts = workload.tokens, workload.dim, workload.hidden_dim, workload.num_experts
     experts = draw.experts()
@@ -177,4 +177,4 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     )
 
 
-BENCHMARK = Benchmark(_build, weigh=True)
+BENCHMARK = Benchmark(_build, SUITES, QUICK, weigh=BOTH)

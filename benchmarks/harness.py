@@ -18,6 +18,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from moe_kernels.benchmarks.candidates import BOTH, FORWARD, GRADIENT, OURS, Candidate, Outputs, Value
 from moe_kernels.benchmarks.limits import Probes, Rates, Work
 from moe_kernels.benchmarks.stopwatches import Stopwatch
-from moe_kernels.benchmarks.workloads import Workload
+from moe_kernels.benchmarks.workloads import W, Workload
 
 ERROR_FACTOR = 10.0
 SLOW_FACTOR = 10.0
@@ -48,19 +49,31 @@ class Case:
     """The candidate whose error sets the budget."""
     work: Work
     bare: str | None = None
-    """The candidate that does the matrix products, or the copies, and nothing else; it has no outputs."""
+    """The candidate that does the matrix products, the copies or the step without projection; it has no outputs."""
+    restore: Callable[[], object] = lambda: None
+    """Gives the tensors that the candidates change the values that they had at first."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Generic[W]):
     """An operator in the registry."""
 
-    build: Callable[[Workload, str, torch.device], Case]
+    build: Callable[[W, str, torch.device], Case]
+    suites: Mapping[str, Mapping[str, tuple[W, ...]]]
+    """Kind of device → name of the suite → its workloads."""
+    quick: tuple[W, ...]
+    """Tiny workloads."""
     directions: tuple[str, ...] = (FORWARD, BOTH)
-    routings: tuple[str, ...] = ("balanced", "zipf")
-    """The routings of a workload that make a difference."""
-    weigh: bool = False
-    """Whether the peak memory of forward and backward is measured."""
+    representatives: bool = False
+    """Whether the representative workloads say everything."""
+    weigh: str | None = None
+    """The direction whose peak memory is measured."""
+    gpu_dtype: str = "bfloat16"
+    """What is usual on a GPU."""
+
+    def suites_on(self, device: torch.device) -> Mapping[str, tuple[W, ...]]:
+        """Name of the suite → its workloads, on this kind of device."""
+        return self.suites.get(device.type, self.suites["cpu"])
 
 
 @dataclass
@@ -119,6 +132,10 @@ class Result:
 
 
 def _relative_error(value: Value, right: Value) -> float:
+    """Of two lists, that of the tensor with the largest."""
+    if not isinstance(value, Tensor) and not isinstance(right, Tensor):
+        found = [_relative_error(*pair) for pair in zip(value, right, strict=True)]
+        return max(found, key=lambda error: math.inf if math.isnan(error) else error)
     value, right = (v if isinstance(v, Tensor) else torch.stack(list(v)) for v in (value, right))
     if value.shape != right.shape:
         raise ValueError(f"a candidate's result has shape {tuple(value.shape)}, expected {tuple(right.shape)}")
@@ -155,6 +172,7 @@ def _reason(error: Exception) -> str:
 
 def _judge(case: Case) -> list[Row]:
     """A row for each candidate with its errors, and with a note where it does not run or is out of budget."""
+    case.restore()
     right = case.exact()
     eps = torch.finfo(case.workload.torch_dtype).eps
     plain = errors(case.candidates[case.plain](), right)
@@ -162,6 +180,7 @@ def _judge(case: Case) -> list[Row]:
     for name, run in case.candidates.items():
         row = Row(name)
         rows.append(row)
+        case.restore()
         try:
             outputs = run()
         except Exception as error:  # whatever a peer fails by, the table goes on without it

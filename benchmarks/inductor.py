@@ -9,15 +9,14 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
-
-from moe_kernels.benchmarks.candidates import Function
 
 PREFIX = "compiled "
 """Of the name of a candidate that is compiled."""
+R = TypeVar("R")
 
 
 @functools.cache
@@ -26,13 +25,13 @@ def _check_compiler(command: str) -> None:
         raise RuntimeError(f"torch.compile needs a C++ compiler, and there is no {command!r}")
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., R]) -> Callable[..., R]:
     """``function`` as inductor makes it."""
     fast = torch.compile(function, dynamic=False)
 
-    def run(*args: object, **kwargs: object) -> Mapping[str, Tensor]:
+    def run(*args: object, **kwargs: object) -> R:
         _check_compiler(os.environ.get("CXX", "g++"))
-        result: Mapping[str, Tensor] = fast(*args, **kwargs)
+        result: R = fast(*args, **kwargs)
         return result
 
     return run

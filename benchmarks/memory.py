@@ -132,8 +132,7 @@ class Scale:
 def weigh(operator: str, workload: Workload, direction: str, candidate: str, device: torch.device) -> int:
     """The peak memory of a candidate, in this process, which has not called it before."""
     build = registry.BENCHMARKS[operator].build
-    tiny = dataclasses.replace(workload, tokens=2 * workload.num_experts, dim=64, hidden_dim=64, projection_dim=16)
-    build(tiny, direction, device).candidates[candidate]()
+    build(workload.tiny(), direction, device).candidates[candidate]()
     run = build(workload, direction, device).candidates[candidate]
     if candidate.startswith(PREFIX):
         torch.compiler.reset()
@@ -147,5 +146,6 @@ def weigh(operator: str, workload: Workload, direction: str, candidate: str, dev
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
-    arguments = {**request, "workload": Workload(**request["workload"]), "device": torch.device(request["device"])}
+    kind = type(registry.BENCHMARKS[request["operator"]].quick[0])
+    arguments = {**request, "workload": kind(**request["workload"]), "device": torch.device(request["device"])}
     print(weigh(**arguments))

@@ -16,7 +16,7 @@ from moe_kernels.benchmarks.candidates import BOTH, OURS, Function, Problem, bar
 from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.limits import Work
 from moe_kernels.benchmarks.peers import PARAMETERS, candidates
-from moe_kernels.benchmarks.workloads import SEED, Draw, Workload, steer
+from moe_kernels.benchmarks.workloads import QUICK, SEED, SUITES, Draw, Tokens, steer
 from moe_kernels.nn import MoE
 
 _ROUTER = {
@@ -28,7 +28,7 @@ _ROUTER = {
 """The name of a parameter in ``routing`` → in the layer."""
 
 
-def _layer(workload: Workload, device: torch.device) -> MoE:
+def _layer(workload: Tokens, device: torch.device) -> MoE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         layer = MoE(
@@ -53,7 +53,7 @@ def _behind_router(experts_function: Function, top_k: int) -> Function:
     return layer
 
 
-def work(workload: Workload, direction: str) -> Work:
+def work(workload: Tokens, direction: str) -> Work:
     """The products of router and experts; tokens and parameters in, tokens or gradients out, routing stays inside."""
     flops = routing.work(workload, direction).flops + expert_ffn.work(workload, direction).flops
     size, dim, hidden_dim = workload.torch_dtype.itemsize, workload.dim, workload.hidden_dim
@@ -66,7 +66,7 @@ def work(workload: Workload, direction: str) -> Work:
     return Work(flops, forward + (tokens + tokens + parameters) + (tokens + parameters))
 
 
-def _build(workload: Workload, direction: str, device: torch.device) -> Case:
+def _build(workload: Tokens, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     layer = _layer(workload, device)
     parameters = dict(layer.named_parameters())
@@ -103,4 +103,4 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
     )
 
 
-BENCHMARK = Benchmark(_build, weigh=True)
+BENCHMARK = Benchmark(_build, SUITES, QUICK, weigh=BOTH)

@@ -19,8 +19,10 @@ PART_SECONDS=${PART_SECONDS:-570}
 ROUNDS=${ROUNDS:-15}
 
 parts=(environment build tests sanitizer)
-for operator in routing dispatch expert_ffn moe_layer; do
-  for suite in batch image large; do
+for operator in routing dispatch expert_ffn moe_layer grad_projection; do
+  suites=(batch image large)
+  [[ $operator != grad_projection ]] || suites=(resnet18 vit_small vit_base many)
+  for suite in "${suites[@]}"; do
     parts+=("bench-$operator-$suite-wall" "bench-$operator-$suite-graph")
   done
 done
@@ -58,10 +60,12 @@ environment() {
 }
 
 build() {
-  MOE_KERNELS_REQUIRE_EXT=1 bounded "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+  MOE_KERNELS_REQUIRE_EXT=1 MOE_KERNELS_CUDA=1 bounded "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
 }
 
-tests() { bounded "$PYTHON" -m pytest tests/ops tests/triton -q --junitxml="$out/tests.xml"; }
+tests() {
+  bounded "$PYTHON" -m pytest tests/ops tests/triton tests/cuda tests/optim -q --junitxml="$out/tests.xml"
+}
 
 # Odd sizes, several dtypes, forward and backward of all operators at once; without torch's cache of memory, so that an
 # access beside a tensor is one beside an allocation.
@@ -74,7 +78,9 @@ sanitizer() {
   fi
   cat >"$out/sanitized.py" <<'PY'
 import torch
+from moe_kernels import backend
 from moe_kernels.nn import MoE
+from moe_kernels.ops import grad_projection
 
 for dtype in (torch.float32, torch.bfloat16):
     for top_k in (1, 2):
@@ -83,6 +89,21 @@ for dtype in (torch.float32, torch.bfloat16):
         layer(x).float().square().sum().backward()
         torch.cuda.synchronize()
         print(dtype, top_k, "done")
+    sizes = (1, 5, 0, 2048, 4100) * 200  # more than a launch takes
+    lists = [[torch.rand(n, device="cuda", dtype=dtype) for n in sizes] for _ in range(5)]
+    params, grads, anchors, first, second = lists
+    steps = [torch.ones((), device="cuda") for _ in sizes]
+    record = grad_projection.new_record(7, "cuda")
+    settings = {"record": record, "segments": [i % 7 for i in range(len(sizes))], "coefficient": 0.1, "rule": "dtnh"}
+    with backend.force("cuda"):
+        grad_projection.moments(grads, anchors, params=params)
+        grad_projection.project_gradients_(grads, anchors, params=params, **settings)
+        settings |= {"anchored": True, "lr": 0.1}
+        grad_projection.sgd_(params, grads, anchors, first, momentum=0.9, **settings)
+        adam = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
+        grad_projection.adamw_(params, grads, anchors, first, second, steps, **adam, **settings)
+    torch.cuda.synchronize()
+    print(dtype, "grad_projection done")
 PY
   local check status=0
   for check in memcheck racecheck; do

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from moe_kernels.benchmarks import dispatch, expert_ffn, moe_layer, routing
-from moe_kernels.benchmarks.candidates import BOTH
+from moe_kernels.benchmarks import dispatch, expert_ffn, grad_projection, moe_layer, routing
 from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.workloads import Workload
 
-BENCHMARKS: dict[str, Benchmark] = {
+BENCHMARKS: dict[str, Benchmark[Any]] = {
     "routing": routing.BENCHMARK,
     "dispatch": dispatch.BENCHMARK,
     "expert_ffn": expert_ffn.BENCHMARK,
     "moe_layer": moe_layer.BENCHMARK,
+    "grad_projection": grad_projection.BENCHMARK,
 }
 
 
@@ -27,12 +28,12 @@ def cases(operator: str, workloads: Sequence[Workload], device: torch.device) ->
     """
     benchmark = BENCHMARKS[operator]
     for workload in workloads:
-        if workload.routing in benchmark.routings:
+        if workload.representative or not benchmark.representatives:
             for direction in benchmark.directions:
                 torch.compiler.reset()
                 yield benchmark.build(workload, direction, device)
 
 
 def weighed(case: Case) -> bool:
-    """Whether the peak memory of ``case`` is told: of a forward and backward, which the routing hardly changes."""
-    return BENCHMARKS[case.operator].weigh and case.direction == BOTH and case.workload.routing == "balanced"
+    """Whether the peak memory of ``case`` is told."""
+    return case.direction == BENCHMARKS[case.operator].weigh and case.workload.representative

@@ -128,12 +128,12 @@ def markdown(operator: str, results: Sequence[Result], environment: Mapping[str,
         "",
         f"{environment['rounds']} interleaved rounds by {environment['stopwatch']} time; times are medians with "
         "quartiles, ratios are medians of the ratios within a round. Bare: the row of that name, the operator's matrix "
-        "products (or copies) alone. Limit: the larger of FLOPs over the rate of a large product and compulsory bytes "
-        "over the rate of a large copy, both measured in every round. MB: peak memory of a call beyond inputs, "
-        "parameters and gradients. Errors are relative to float64 (Frobenius norm), of the worst output and the worst "
-        f"gradient; a candidate beyond {ERROR_FACTOR:.0f} times plain PyTorch's error plus one eps gets no speed. One "
-        f"that takes more than {SLOW_FACTOR:.0f} times as long as ours has {SLOW_ROUNDS} rounds. Unsteady: the medians "
-        f"of the first and the second half of the rounds differ by more than {UNSTEADY:.0%}.",
+        "products or copies alone, or the step without projection. Limit: the larger of FLOPs over the rate of a large "
+        "product and compulsory bytes over the rate of a large copy, both measured in every round. MB: peak memory of "
+        "a call beyond inputs, parameters and gradients. Errors are relative to float64 (Frobenius norm), of the worst "
+        f"output and worst gradient; a candidate beyond {ERROR_FACTOR:.0f} times plain PyTorch's error plus one eps "
+        f"gets no speed. One that takes more than {SLOW_FACTOR:.0f} times as long as ours has {SLOW_ROUNDS} rounds. "
+        f"Unsteady: the medians of the first and the second half of the rounds differ by more than {UNSTEADY:.0%}.",
         "",
         conclusion(results),
         "",

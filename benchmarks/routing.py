@@ -17,7 +17,7 @@ from moe_kernels.benchmarks.candidates import BOTH, OURS, Problem, Product, bare
 from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.inductor import PREFIX, compiled
 from moe_kernels.benchmarks.limits import Work
-from moe_kernels.benchmarks.workloads import Draw, Workload, steer
+from moe_kernels.benchmarks.workloads import QUICK, SUITES, Draw, Tokens, steer
 from moe_kernels.ops.routing import route
 from moe_kernels.reference.routing import MAX_LOG_SCALE
 
@@ -68,7 +68,7 @@ def products(x: Tensor, projection: Tensor, direction: str) -> list[Product]:
     return forward + backward if direction == BOTH else forward
 
 
-def work(workload: Workload, direction: str) -> Work:
+def work(workload: Tokens, direction: str) -> Work:
     """The projection to p features and the E cosines of them; forward x → gates and ids, backward gates → gradients."""
     tokens, width, size = workload.tokens, workload.projection_dim, workload.torch_dtype.itemsize
     flops = 2 * tokens * width * (workload.dim + workload.num_experts)
@@ -81,7 +81,7 @@ def work(workload: Workload, direction: str) -> Work:
     return Work(3 * flops, forward + x + parameters + gates + ids + x + parameters)
 
 
-def _build(workload: Workload, direction: str, device: torch.device) -> Case:
+def _build(workload: Tokens, direction: str, device: torch.device) -> Case:
     draw = Draw(workload, device)
     dim, width = workload.dim, workload.projection_dim
     projection, bias = draw.normal(width, dim, std=dim**-0.5), draw.normal(width, std=dim**-0.5)
@@ -109,4 +109,4 @@ def _build(workload: Workload, direction: str, device: torch.device) -> Case:
 
 
 # The cost does not depend on which experts are chosen.
-BENCHMARK = Benchmark(_build, routings=("balanced",))
+BENCHMARK = Benchmark(_build, SUITES, QUICK, representatives=True)

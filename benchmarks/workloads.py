@@ -1,11 +1,14 @@
 """What is measured on: the mixture-of-experts layer of GMoE-S/16, a large one, and tiny shapes for a smoke test.
 
-Every tensor is drawn on the CPU from one seed, so that it is the same on every device.
+Optimizers are measured on ``parameter_lists``. Every tensor is drawn on the CPU from one seed, so that it is the same
+on every device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,31 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes, number of choices, dtype, and how the tokens are spread over the experts.
+    """What a case is measured on; the fields say everything and stand in the results."""
+
+    dtype: str = field(default="float32", kw_only=True)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def representative(self) -> bool:
+        """Whether it stands for workloads of the same shapes, where these alone matter."""
+        return True
+
+    def tiny(self) -> Workload:
+        """The same in small: it loads what a call loads."""
+        raise NotImplementedError
+
+
+W = TypeVar("W", bound=Workload)
+
+
+@dataclass(frozen=True)
+class Tokens(Workload):
+    """Shapes of a mixture-of-experts layer, number of choices, and how the tokens are spread over the experts.
 
     ``routing`` is ``"balanced"`` (every expert is the j-th choice of equally many tokens, to one) or ``"zipf"`` (drawn
     without replacement, expert e with weight 1 / (e + 1)).
@@ -30,12 +57,13 @@ class Workload:
     hidden_dim: int = 1536
     num_experts: int = 6
     projection_dim: int = 256
-    dtype: str = "float32"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+    def representative(self) -> bool:
+        return self.routing == "balanced"
+
+    def tiny(self) -> Tokens:
+        return dataclasses.replace(self, tokens=2 * self.num_experts, dim=64, hidden_dim=64, projection_dim=16)
 
     def __str__(self) -> str:
         return (
@@ -48,12 +76,12 @@ IMAGE = 197  # tokens of a 224 × 224 image in patches of 16 × 16, with the cla
 ROUTINGS = ("balanced", "zipf")
 
 
-def _gmoe(images: int, routings: tuple[str, ...] = ROUTINGS) -> tuple[Workload, ...]:
-    return tuple(Workload(images * IMAGE, top_k, routing) for top_k in (1, 2) for routing in routings)
+def _gmoe(images: int, routings: tuple[str, ...] = ROUTINGS) -> tuple[Tokens, ...]:
+    return tuple(Tokens(images * IMAGE, top_k, routing) for top_k in (1, 2) for routing in routings)
 
 
-def _large(tokens: int) -> tuple[Workload, ...]:
-    return tuple(Workload(tokens, 2, routing, dim=1024, hidden_dim=4096, num_experts=32) for routing in ROUTINGS)
+def _large(tokens: int) -> tuple[Tokens, ...]:
+    return tuple(Tokens(tokens, 2, routing, dim=1024, hidden_dim=4096, num_experts=32) for routing in ROUTINGS)
 
 
 SUITES = {
@@ -63,15 +91,15 @@ SUITES = {
 }
 """Kind of device → name of the suite → its workloads."""
 QUICK = tuple(
-    Workload(40, top_k, routing, dim=16, hidden_dim=32, num_experts=4, projection_dim=8)
+    Tokens(40, top_k, routing, dim=16, hidden_dim=32, num_experts=4, projection_dim=8)
     for top_k, routing in ((1, "balanced"), (2, "zipf"))
 )
 
 
-class Draw:
+class Draw(Generic[W]):
     """The tensors of one workload on one device."""
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
+    def __init__(self, workload: W, device: torch.device) -> None:
         self.workload, self.device = workload, device
         self.generator = torch.Generator().manual_seed(SEED)
 
@@ -79,12 +107,12 @@ class Draw:
         """N(0, std²) in the dtype of the workload."""
         return (torch.randn(shape, generator=self.generator) * std).to(self.device, self.workload.torch_dtype)
 
-    def gates(self) -> Tensor:
+    def gates(self: Draw[Tokens]) -> Tensor:
         """(T, k) float32 in (0, 1)."""
         shape = self.workload.tokens, self.workload.top_k
         return torch.rand(shape, generator=self.generator).to(self.device)
 
-    def experts(self) -> Tensor:
+    def experts(self: Draw[Tokens]) -> Tensor:
         """(T, k) int64, distinct in each row, spread as the workload says."""
         tokens, top_k, num_experts = self.workload.tokens, self.workload.top_k, self.workload.num_experts
         if self.workload.routing == "zipf":

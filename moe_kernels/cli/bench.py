@@ -27,7 +27,8 @@ SAMPLE_SECONDS = 0.02
 QUICK_ROUNDS = 3
 # Distributions that the figures depend on, stated where they are installed.
 LIBRARIES = ("triton", "transformers", "tutel", "scattermoe", "megablocks", "sonic-moe")
-SUITES = tuple(workloads.SUITES["cpu"])
+# Of all operators; those of a GPU are these and larger ones.
+SUITES = tuple(dict.fromkeys(name for benchmark in registry.BENCHMARKS.values() for name in benchmark.suites["cpu"]))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -88,18 +89,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def environment(
-    device: torch.device, command: Sequence[str], rounds: int, stopwatch: str, quick: bool
-) -> dict[str, Any]:
-    """What the figures depend on besides the code of the case."""
+def environment(device: torch.device, rounds: int, stopwatch: str, quick: bool) -> dict[str, Any]:
+    """What the figures of all operators depend on besides the code of the case."""
     processor, *others = doctor.devices()
     accelerator = [f"{row['name']}, {row['detail']}" for row in others if row["device"].startswith(device.type)]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(command),
         "commit": commit(),
         "versions": versions(),
-        "backend": backend.choose(device.type),
         "machine": {
             "device": device.type,
             "processor": processor["name"],
@@ -120,10 +117,23 @@ def _device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _suite(device: torch.device, names: Sequence[str], dtype: str, quick: bool) -> list[workloads.Workload]:
-    suites = workloads.SUITES.get(device.type, workloads.SUITES["cpu"])
-    chosen = workloads.QUICK if quick else [workload for name in names for workload in suites[name]]
-    return [dataclasses.replace(workload, dtype=dtype) for workload in chosen]
+def _chosen(
+    device: torch.device, operators: list[str], suites: list[str], dtype: str | None, quick: bool
+) -> dict[str, list[workloads.Workload]]:
+    """Operator → its workloads; all operators that have one of the suites, where none is asked for by name."""
+    _one_of(tuple(registry.BENCHMARKS), operators)
+    found = {name: registry.BENCHMARKS[name].suites_on(device) for name in operators or registry.BENCHMARKS}
+    _one_of(tuple(dict.fromkeys(suite for of_operator in found.values() for suite in of_operator)), suites)
+    chosen = {}
+    for name, of_operator in found.items():
+        picked = [workload for suite in suites or of_operator for workload in of_operator.get(suite, ())]
+        if picked:
+            benchmark = registry.BENCHMARKS[name]
+            kind = dtype or ("float32" if device.type == "cpu" else benchmark.gpu_dtype)
+            chosen[name] = [dataclasses.replace(w, dtype=kind) for w in (benchmark.quick if quick else picked)]
+        elif operators:
+            raise typer.BadParameter(f"{name} has the suites {', '.join(of_operator)}, got {', '.join(suites)}")
+    return chosen
 
 
 @app.command()
@@ -140,7 +150,7 @@ def bench(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, its own choice by default.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"Of {', '.join(workloads.DTYPES)}; float32 on a CPU, bfloat16 on a GPU.")
+        str | None, typer.Option(help=f"Of {', '.join(workloads.DTYPES)}; what is usual there by default.")
     ] = None,
     stopwatch: Annotated[
         str, typer.Option(help="wall: what a caller waits for. graph: replays of a CUDA graph, on a GPU.")
@@ -157,10 +167,8 @@ def bench(
     Every candidate is first compared with float64. The exit status is 1 if one of ours is out of its error budget.
     """
     device = _device()
-    chosen = _one_of(tuple(registry.BENCHMARKS), operators or list(registry.BENCHMARKS))
-    suites = _one_of(SUITES, suite or list(SUITES))
-    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    _one_of(workloads.DTYPES, [dtype])
+    _one_of(workloads.DTYPES, [dtype] if dtype else [])
+    chosen = _chosen(device, operators or [], suite or [], dtype, quick)
     _one_of(tuple(stopwatches.STOPWATCHES), [stopwatch])
     if stopwatch == "graph" and device.type != "cuda":
         raise typer.BadParameter(f"--stopwatch=graph needs a CUDA device, got {device.type}")
@@ -169,18 +177,21 @@ def bench(
     rounds = min(rounds, QUICK_ROUNDS) if quick else rounds
 
     command = ["moe-kernels", "bench", *(operators or ()), *(f"--suite={name}" for name in suite or ())]
-    command += [f"--rounds={rounds}", f"--dtype={dtype}", f"--stopwatch={stopwatch}"]
+    command += [f"--rounds={rounds}", f"--stopwatch={stopwatch}"]
     command += (
         ["--quick"] * quick + ["--no-memory"] * (not weigh) + ([] if threads is None else [f"--threads={threads}"])
     )
-    found = environment(device, command, rounds, stopwatch, quick)
+    found = environment(device, rounds, stopwatch, quick)
     sample_seconds = 0.0 if quick else SAMPLE_SECONDS
-    probes = limits.probes(device, getattr(torch, dtype), quick=quick)
     inaccurate = []
-    for operator in chosen:
+    for operator, measured in chosen.items():
         results: list[harness.Result] = []
         written: list[Path] = []
-        for case in registry.cases(operator, _suite(device, suites, dtype, quick), device):
+        found["command"] = shlex.join([*command, f"--dtype={measured[0].dtype}"])
+        # The layer is mostly its experts.
+        found["backend"] = backend.choose("expert_ffn" if operator == "moe_layer" else operator, device.type)
+        probes = limits.probes(device, measured[0].torch_dtype, quick=quick)
+        for case in registry.cases(operator, measured, device):
             seconds = stopwatches.STOPWATCHES[stopwatch](device)
             result = harness.measure(case, seconds, probes, rounds=rounds, sample_seconds=sample_seconds)
             if weigh and not quick and registry.weighed(case):

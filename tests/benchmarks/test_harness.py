@@ -10,9 +10,9 @@ from moe_kernels.benchmarks import candidates, harness
 from moe_kernels.benchmarks.candidates import OURS, Problem
 from moe_kernels.benchmarks.harness import Case
 from moe_kernels.benchmarks.limits import Probes, Rates, Work
-from moe_kernels.benchmarks.workloads import Workload
+from moe_kernels.benchmarks.workloads import Tokens
 
-WORKLOAD = Workload(4, 1, "balanced")
+WORKLOAD = Tokens(4, 1, "balanced")
 EXACT = {"y": torch.ones(100, dtype=torch.float64), "gradient of x": torch.ones(100, dtype=torch.float64)}
 
 
@@ -21,10 +21,12 @@ def off_by(forward: float, gradient: float = 0.0):
     return lambda: {"y": EXACT["y"] * (1 + forward), "gradient of x": EXACT["gradient of x"] * (1 + gradient)}
 
 
-def case(bare=None, work=None, **others):
+def case(bare=None, work=None, restore=lambda: None, **others):
     runs = {OURS: off_by(0), "plain": off_by(0), **others}
     work = work or Work(flops=100, bytes=100)
-    return Case("toy", WORKLOAD, candidates.BOTH, runs, lambda: EXACT, plain="plain", work=work, bare=bare)
+    return Case(
+        "toy", WORKLOAD, candidates.BOTH, runs, lambda: EXACT, plain="plain", work=work, bare=bare, restore=restore
+    )
 
 
 PROBES = Probes(product=lambda: {}, copy=lambda: {}, work=Work(flops=1000, bytes=50))
@@ -194,6 +196,25 @@ def test_plain_that_is_not_finite_excuses_nobody():
     assert result.fastest_peer() is None
 
 
+def test_tensors_that_candidates_change_are_put_back_before_each_is_judged():
+    total = torch.zeros(100, dtype=torch.float64)
+
+    def adding():
+        return {"y": total.add_(1)}
+
+    result, _ = measured(case(ours=adding, plain=adding, restore=total.zero_))
+    assert [row.forward_error for row in result.rows] == [0.0, 0.0]
+
+
+def test_error_of_a_list_is_that_of_the_worst_tensor():
+    right = {"w": [torch.tensor([1000.0]), torch.tensor([1.0, 2.0]), torch.zeros(())]}
+    assert harness.errors({"w": [torch.tensor([1001.0]), torch.tensor([1.0, 2.0]), torch.zeros(())]}, right)[0] == 1e-3
+    nan = {"w": [torch.tensor([math.nan]), torch.tensor([9.0, 2.0]), torch.zeros(())]}
+    assert math.isinf(harness.errors(nan, right)[0])
+    with pytest.raises(ValueError, match="longer"):
+        harness.errors({"w": right["w"][:2]}, right)
+
+
 def raising(error):
     def run():
         raise error
@@ -284,7 +305,7 @@ def test_exact_is_float64_on_the_reference():
     seen = []
 
     def function(x):
-        seen.append((x.dtype, backend.choose("cpu")))
+        seen.append((x.dtype, backend.choose("routing", "cpu")))
         return {"y": x * 2}
 
     result = Problem({"x": torch.ones(3)}, torch.ones(3)).exact(function)()

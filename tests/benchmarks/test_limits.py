@@ -8,10 +8,10 @@ import torch
 from moe_kernels.benchmarks import dispatch, expert_ffn, limits, moe_layer, routing
 from moe_kernels.benchmarks.candidates import BOTH, FORWARD
 from moe_kernels.benchmarks.limits import Rates, Work
-from moe_kernels.benchmarks.workloads import Workload
+from moe_kernels.benchmarks.workloads import Tokens
 
-SMALL = Workload(5, 2, "balanced", dim=7, hidden_dim=11, num_experts=3, projection_dim=2)
-GMOE = Workload(18912, 1, "balanced", dtype="bfloat16")
+SMALL = Tokens(5, 2, "balanced", dim=7, hidden_dim=11, num_experts=3, projection_dim=2)
+GMOE = Tokens(18912, 1, "balanced", dtype="bfloat16")
 
 
 def test_limit_is_the_larger_of_the_two():

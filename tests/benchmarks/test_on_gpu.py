@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_kernels.benchmarks import registry, stopwatches, workloads
+from moe_kernels.benchmarks import registry, stopwatches
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/on_gpu.sh"
 
@@ -21,8 +21,8 @@ def test_every_operator_is_measured_on_every_suite_by_every_stopwatch():
     assert parts[:4] == ["environment", "build", "tests", "sanitizer"]
     assert set(parts[4:]) == {
         f"bench-{operator}-{suite}-{stopwatch}"
-        for operator in registry.BENCHMARKS
-        for suite in workloads.SUITES["cuda"]
+        for operator, benchmark in registry.BENCHMARKS.items()
+        for suite in benchmark.suites["cuda"]
         for stopwatch in stopwatches.STOPWATCHES
     }
 

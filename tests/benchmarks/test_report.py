@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from moe_kernels.benchmarks import picture, report
+from moe_kernels.benchmarks import parameter_lists, picture, report
 from moe_kernels.benchmarks.candidates import OURS
 from moe_kernels.benchmarks.harness import Result, Row
 from moe_kernels.benchmarks.limits import Rates, Work
-from moe_kernels.benchmarks.workloads import Workload
+from moe_kernels.benchmarks.workloads import Tokens
 
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "stopwatch": "wall",
     "quick": False,
 }
-WORKLOAD = Workload(197, 2, "zipf")
+WORKLOAD = Tokens(197, 2, "zipf")
 
 
 MEASURED = (Work(2_000_000_000, 30_000_000), Rates(230e9, 12.3e9), 0.00125)
@@ -214,9 +214,17 @@ def test_picture_is_drawn_from_the_json_alone(tmp_path):
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_picture_of_parameter_lists(tmp_path):
+    pytest.importorskip("matplotlib")
+    lists = [dataclasses.replace(FAST, workload=parameter_lists.ParameterList(name)) for name in ("few", "many")]
+    document = json.loads(json.dumps(report.document("toy", lists, ENVIRONMENT)))
+    assert document["cases"][0]["workload"] == {"model": "few", "dtype": "float32"}
+    assert picture.draw(document, tmp_path / "toy.png")
+
+
 def test_picture_of_a_run_that_is_not_finished(tmp_path):
     pytest.importorskip("matplotlib")
-    other = dataclasses.replace(FAST, workload=Workload(40, 1, "balanced"))
+    other = dataclasses.replace(FAST, workload=Tokens(40, 1, "balanced"))
     document = json.loads(json.dumps(report.document("toy", [FAST, SLOW, other], ENVIRONMENT)))
     assert picture.draw(document, tmp_path / "toy.png")
 

@@ -7,7 +7,7 @@ import torch
 
 from moe_kernels.benchmarks import workloads
 from moe_kernels.benchmarks.moe_layer import _layer
-from moe_kernels.benchmarks.workloads import Draw, Workload, steer
+from moe_kernels.benchmarks.workloads import Draw, Tokens, steer
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,12 @@ def test_every_device_has_the_same_suites():
     assert {tuple(suites) for suites in workloads.SUITES.values()} == {("batch", "image", "large")}
 
 
+def test_tiny_is_small_and_of_the_same_kind():
+    tiny = dataclasses.replace(workloads.SUITES["cpu"]["large"][0], dtype="float16").tiny()
+    assert tiny.tokens * tiny.dim * tiny.hidden_dim < 10**6
+    assert (tiny.top_k, tiny.num_experts, tiny.dtype) == (2, 32, "float16")
+
+
 @pytest.mark.parametrize("suite", [*ALL.values(), workloads.QUICK], ids=[*ALL, "quick"])
 def test_workloads_cover_both_counts_and_routings(suite):
     assert {w.top_k for w in suite} == {1, 2}
@@ -41,7 +47,7 @@ def test_workloads_cover_both_counts_and_routings(suite):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_balanced_means_equal_counts_for_each_choice(top_k):
-    experts = Draw(Workload(1000, top_k, "balanced"), CPU).experts()
+    experts = Draw(Tokens(1000, top_k, "balanced"), CPU).experts()
     assert experts.shape == (1000, top_k)
     for choice in experts.t():
         counts = torch.bincount(choice, minlength=6)
@@ -49,12 +55,12 @@ def test_balanced_means_equal_counts_for_each_choice(top_k):
 
 
 def test_zipf_counts_follow_the_weights():
-    counts = torch.bincount(Draw(Workload(20000, 1, "zipf"), CPU).experts().flatten(), minlength=6)
+    counts = torch.bincount(Draw(Tokens(20000, 1, "zipf"), CPU).experts().flatten(), minlength=6)
     weights = 1 / torch.arange(1.0, 7.0)
     torch.testing.assert_close(counts / 20000, weights / weights.sum(), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("workload", [Workload(500, 3, "balanced"), Workload(500, 3, "zipf")], ids=str)
+@pytest.mark.parametrize("workload", [Tokens(500, 3, "balanced"), Tokens(500, 3, "zipf")], ids=str)
 def test_experts_of_a_token_are_distinct(workload):
     experts = Draw(workload, CPU).experts()
     assert all(len(set(row)) == 3 for row in experts.tolist())
@@ -71,7 +77,7 @@ def test_same_workload_same_tensors():
 @pytest.mark.parametrize("routing", ["balanced", "zipf"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_steered_tokens_go_where_they_are_sent(top_k, routing, dtype):
-    workload = dataclasses.replace(Workload(300, top_k, routing, dim=64, hidden_dim=8, projection_dim=32), dtype=dtype)
+    workload = dataclasses.replace(Tokens(300, top_k, routing, dim=64, hidden_dim=8, projection_dim=32), dtype=dtype)
     draw, layer = Draw(workload, CPU), _layer(workload, CPU)
     wanted, router = draw.experts(), layer.router
     x = steer(draw.normal(300, 64), wanted, router.projection.weight, router.projection.bias, router.expert_embedding)

@@ -43,7 +43,7 @@ def test_all_operators_in_quick_mode(tmp_path):
         assert document["operator"] == operator
         assert (document["quick"], document["rounds"]) == (True, bench.QUICK_ROUNDS)
         assert document["command"] == (
-            "moe-kernels bench --rounds=3 --dtype=float32 --stopwatch=wall --quick --threads=1"
+            "moe-kernels bench --rounds=3 --stopwatch=wall --quick --threads=1 --dtype=float32"
         )
         assert {"moe-kernels", "python", "torch"} <= set(document["versions"])
         assert None not in document["versions"].values()
@@ -55,7 +55,7 @@ def test_all_operators_in_quick_mode(tmp_path):
             for row in case["rows"]:
                 assert len(row["seconds"]) == (0 if row["note"] else bench.QUICK_ROUNDS)
                 assert row["candidate"] in result.output
-        assert f"{operator}, T=40 d=16 h=32 E=4 k=1 balanced float32, forward" in result.output
+        assert f"{operator}, {registry.BENCHMARKS[operator].quick[0]}, " in result.output
     assert "these figures mean nothing" in result.output
 
 
@@ -66,7 +66,7 @@ def test_chosen_operator_rounds_and_dtype(tmp_path):
     document = json.loads(path.read_text())
     assert document["rounds"] == 2
     assert {case["workload"]["dtype"] for case in document["cases"]} == {"bfloat16"}
-    assert document["command"] == ("moe-kernels bench dispatch --rounds=2 --dtype=bfloat16 --stopwatch=wall --quick")
+    assert document["command"] == "moe-kernels bench dispatch --rounds=2 --stopwatch=wall --quick --dtype=bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,9 @@ def test_chosen_operator_rounds_and_dtype(tmp_path):
         (["nonsense"], [*registry.BENCHMARKS, "'nonsense'"]),
         (["routing", "nonsense"], [*registry.BENCHMARKS, "'nonsense'"]),
         (["--dtype", "int8"], ["float32", "bfloat16", "float16", "'int8'"]),
-        (["--suite", "tiny"], ["batch", "image", "large", "'tiny'"]),
+        (["--suite", "tiny"], ["batch", "image", "large", "resnet18", "'tiny'"]),
+        (["grad_projection", "--suite", "batch"], ["resnet18", "vit_small", "many", "'batch'"]),
+        (["routing", "grad_projection", "--suite", "batch"], ["grad_projection has the suites resnet18", "batch"]),
         (["--stopwatch", "sun"], ["wall", "graph", "'sun'"]),
         (["--rounds", "0"], ["--rounds"]),
         (["--threads", "0"], ["--threads"]),
@@ -87,6 +89,34 @@ def test_bad_input_names_what_is_valid(tmp_path, arguments, words):
     for word in words:
         assert word in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("suites", "operators"),
+    [
+        ([], set(registry.BENCHMARKS)),
+        (["image"], set(registry.BENCHMARKS) - {"grad_projection"}),
+        (["many"], {"grad_projection"}),
+        (["image", "many"], set(registry.BENCHMARKS)),
+    ],
+)
+def test_suites_are_of_the_operators_that_have_them(suites, operators):
+    cpu = torch.device("cpu")
+    chosen = bench._chosen(cpu, [], suites, None, False)
+    assert set(chosen) == operators
+    for operator, workloads in chosen.items():
+        of_operator = registry.BENCHMARKS[operator].suites["cpu"]
+        assert workloads == [w for name in suites or of_operator for w in of_operator.get(name, ())]
+
+
+def test_a_gpu_has_dtypes_and_suites_of_its_own():
+    gpu = torch.device("cuda")
+    usual = bench._chosen(gpu, [], [], None, False)
+    assert {operator: workloads[0].dtype for operator, workloads in usual.items()} == {
+        **dict.fromkeys(registry.BENCHMARKS, "bfloat16"),
+        "grad_projection": "float32",
+    }
+    assert bench._chosen(gpu, [], ["vit_base"], "float16", False)["grad_projection"][0].dtype == "float16"
 
 
 def test_ours_out_of_budget_is_written_and_fails(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Tensors and sums that several ranks share."""
