@@ -29,8 +29,6 @@ std::map<std::string, std::string> build_info() {
       {"built_torch", MOE_KERNELS_BUILT_TORCH},
       {"torch_target", MOE_KERNELS_TORCH_TARGET},
       {"isa", moe_kernels::name(moe_kernels::isa())},
-      {"cuda", ""},
-      {"cuda_arch", ""},
   };
 }
 

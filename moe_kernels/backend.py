@@ -1,8 +1,8 @@
 """Which kernel runs where: one predicate a backend, which both filters and explains.
 
-The backends of an operator are tried in order (``cpp``, ``triton``, ``reference``) and the first that can run on the
-device is used. ``MOE_KERNELS_BACKEND`` in the environment, or :func:`force`, names one; a named backend that cannot
-run raises instead of falling back.
+The backends of an operator (``OPERATORS``) are tried in order and the first that can run on the device is used.
+``MOE_KERNELS_BACKEND`` in the environment, or :func:`force`, names one; a named backend that cannot run, or has no
+kernel for the operator, raises instead of falling back.
 
 Under ``TRITON_INTERPRET=1`` the Triton kernels can be forced on cpu tensors too, in Triton's slow interpreter: a tool
 of tests, never chosen by itself.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,31 +23,47 @@ import torch
 
 from moe_kernels import triton
 
-OPERATORS = ("routing", "dispatch", "expert_ffn")
-BACKENDS = ("cpp", "triton", "reference")
+OPERATORS = {
+    "routing": ("cpp", "triton", "reference"),
+    "dispatch": ("cpp", "triton", "reference"),
+    "expert_ffn": ("cpp", "triton", "reference"),
+    "grad_projection": ("cpp", "cuda", "reference"),
+}
+"""Operator → the backends that have a kernel for it, best first."""
+BACKENDS = ("cpp", "cuda", "triton", "reference")
 MIN_CAPABILITY = (8, 0)
 
 
-def _load_extension() -> str:
-    """Import ``moe_kernels._C``, whose kernels register themselves; return why that is not possible, or ``""``."""
-    if importlib.util.find_spec("moe_kernels._C") is None:
+def _load(module: str, compiler: str, insist: str) -> str:
+    """Import an extension, whose kernels register themselves; return why that is not possible, or ``""``."""
+    if importlib.util.find_spec(module) is None:
         return (
-            "moe_kernels._C was not built; with a C++17 compiler at hand run "
-            "`MOE_KERNELS_REQUIRE_EXT=1 pip install --no-build-isolation --no-deps --force-reinstall .` in its source"
+            f"{module} was not built; with {compiler} at hand run "
+            f"`{insist}=1 pip install --no-build-isolation --no-deps --force-reinstall .` in its source"
         )
     try:
-        importlib.import_module("moe_kernels._C")
+        importlib.import_module(module)
     except ImportError as error:
-        return f"moe_kernels._C does not load into Python with torch {torch.__version__}: {error}"
+        return f"{module} does not load into Python with torch {torch.__version__}: {error}"
     return ""
 
 
-_extension_problem = _load_extension()
+_extension_problem = _load("moe_kernels._C", "a C++17 compiler", "MOE_KERNELS_REQUIRE_EXT")
 if _extension_problem:
     if os.environ.get("MOE_KERNELS_REQUIRE_EXT") == "1":
         raise ImportError(f"MOE_KERNELS_REQUIRE_EXT=1, but {_extension_problem}")
     warnings.warn(f"moe_kernels runs on its plain PyTorch reference: {_extension_problem}", stacklevel=2)
 
+
+def _load_cuda() -> str:
+    """Import ``moe_kernels._C_cuda``, which needs torch for CUDA; return why that is not possible, or ``""``."""
+    if torch.version.cuda is None:
+        return f"the CUDA kernels need a torch for CUDA, got torch {torch.__version__}"
+    return _load("moe_kernels._C_cuda", "a C++17 compiler and nvcc", "MOE_KERNELS_CUDA")
+
+
+cuda_extension_problem = _load_cuda()
+"""Why ``moe_kernels._C_cuda`` is not loaded; ``""`` where it is."""
 
 _triton_installed = importlib.util.find_spec("triton") is not None
 _on_cuda = triton.register("CUDA")
@@ -82,6 +99,45 @@ _environment = os.environ.get("MOE_KERNELS_BACKEND")
 _use(_checked(_environment, "MOE_KERNELS_BACKEND") if _environment else None)
 
 
+def cuda_extension() -> dict[str, str]:
+    """How ``moe_kernels._C_cuda`` was built; empty where it is not loaded."""
+    if cuda_extension_problem:
+        return {}
+    build: dict[str, str] = importlib.import_module("moe_kernels._C_cuda").build_info()
+    return build
+
+
+def _covered(built: str, found: tuple[int, int]) -> bool:
+    """Whether code built for a list as in TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") runs on a device of this capability."""
+    for entry in built.replace(" ", ";").split(";"):
+        number, _, assembly = entry.partition("+")
+        major, _, minor = number.partition(".")
+        # Machine code is for later devices of its generation, PTX for all later ones, "9.0a" for its own only.
+        if minor[-1:].isalpha():
+            if found == (int(major), int(minor[:-1])):
+                return True
+        elif found >= (int(major), int(minor)) and (assembly == "PTX" or found[0] == int(major)):
+            return True
+    return False
+
+
+_cuda_architectures = cuda_extension().get("cuda_arch", "")
+
+
+def _cuda_problem(device_type: str) -> str:
+    """Why the CUDA kernels cannot run on this kind of device; ``""`` when they can."""
+    if device_type != "cuda":
+        return f"the CUDA kernels run on cuda tensors, got {device_type}"
+    if cuda_extension_problem:
+        return cuda_extension_problem
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    properties = torch.cuda.get_device_properties()
+    if not _covered(_cuda_architectures, found := (properties.major, properties.minor)):
+        return "the CUDA kernels were built for {}, this device is of {}.{}".format(_cuda_architectures, *found)
+    return ""
+
+
 def _triton_problem(device_type: str) -> str:
     """Why Triton cannot run on this kind of device, whatever the dtype; ``""`` when it can."""
     if not _triton_installed:
@@ -98,34 +154,43 @@ def _triton_problem(device_type: str) -> str:
     return ""
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """Why ``backend`` cannot run on a device of this type with data of this dtype; ``""`` when it can."""
-    if backend == "reference":
-        return ""
+def refusal(backend: str, device_type: str, dtype: torch.dtype | None = None, operator: str | None = None) -> str:
+    """Why ``backend`` cannot run on a device of this type with data of this dtype; ``""`` when it can.
+
+    With an operator, also whether it has a kernel for that.
+    """
     if device_type == "meta":  # shapes only, which need no kernel
+        return ""
+    if operator is not None and backend not in OPERATORS[operator]:
+        return f"{operator} has no kernel there; it has {', '.join(OPERATORS[operator])}"
+    if backend == "reference":
         return ""
     if backend == "triton":
         if dtype == torch.float64 and device_type != "cpu":
             return "the Triton kernels run on float32, bfloat16 and float16 tensors, got torch.float64"
         return _triton_problem(device_type)
+    if backend == "cuda":
+        return _cuda_problem(device_type)
     if device_type != "cpu":
         return f"the C++ kernels run on cpu tensors, got {device_type}"
     return _extension_problem
 
 
-def _candidates(device_type: str) -> tuple[str, ...]:
+def _candidates(operator: str, device_type: str) -> tuple[str, ...]:
     """The backends to try, best first; the interpreter is for those who ask for it."""
-    return tuple(name for name in BACKENDS if (name, device_type) != ("triton", "cpu"))
+    return tuple(name for name in OPERATORS[operator] if (name, device_type) != ("triton", "cpu"))
 
 
-def choose(device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The name of the backend that runs on this device with this dtype; raises when a forced one cannot."""
+def choose(operator: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs this operator on this device with this dtype; raises when a forced one cannot."""
     if _forced is not None:
-        problem = refusal(_forced, device_type, dtype)
+        problem = refusal(_forced, device_type, dtype, operator)
         if problem:
             raise RuntimeError(f"backend {_forced!r} was forced and cannot run: {problem}")
         return _forced
-    return next(backend for backend in _candidates(device_type) if not refusal(backend, device_type, dtype))
+    return next(
+        backend for backend in _candidates(operator, device_type) if not refusal(backend, device_type, dtype, operator)
+    )
 
 
 @contextmanager
@@ -145,14 +210,21 @@ class Choice(NamedTuple):
     operator: str
     device: str
     backend: str
+    """``"none"`` where a forced one cannot run."""
     reason: str
+
+
+def _row(operator: str, device: str) -> Choice:
+    if _forced is not None:
+        problem = refusal(_forced, device, operator=operator)
+        return Choice(operator, device, "none" if problem else _forced, f"forced: {problem}" if problem else "forced")
+    chosen = choose(operator, device)
+    better = itertools.takewhile(lambda name: name != chosen, _candidates(operator, device))
+    reason = "; ".join(f"{name}: {refusal(name, device)}" for name in better)
+    return Choice(operator, device, chosen, reason or "the fastest that is here")
 
 
 def report() -> list[Choice]:
     """The backend of every operator on every kind of device that is here, and why."""
-    rows = []
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        refused = [f"{name}: {problem}" for name in _candidates(device) if (problem := refusal(name, device))]
-        reason = "forced" if _forced is not None else "; ".join(refused) or "the fastest that is here"
-        rows += [Choice(operator, device, choose(device), reason) for operator in OPERATORS]
-    return rows
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [_row(operator, device) for device in devices for operator in OPERATORS]

@@ -27,6 +27,17 @@ class Properties:
 
 
 @pytest.fixture
+def cuda_extension(monkeypatch):
+    """The CUDA extension built for a list of architectures, as far as the choice looks."""
+
+    def pretend(architectures: str) -> None:
+        monkeypatch.setattr(backend, "cuda_extension_problem", "")
+        monkeypatch.setattr(backend, "_cuda_architectures", architectures)
+
+    return pretend
+
+
+@pytest.fixture
 def gpu(monkeypatch):
     """A GPU of a capability, as far as the choice looks."""
 
@@ -38,43 +49,103 @@ def gpu(monkeypatch):
 
 
 def test_the_interpreter_is_never_chosen_by_itself():
-    assert backend.choose("cpu") in ("cpp", "reference")
+    assert backend.choose("routing", "cpu") in ("cpp", "reference")
 
 
 def test_triton_is_chosen_on_a_gpu(gpu):
     gpu(9, 0)
     for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
-        assert backend.choose("cuda", dtype) == "triton"
-    assert {row.backend for row in backend.report() if row.device == "cuda"} == {"triton"}
+        assert backend.choose("routing", "cuda", dtype) == "triton"
+    chosen = {row.operator: row.backend for row in backend.report() if row.device == "cuda"}
+    assert {chosen.pop(operator) for operator in ("routing", "dispatch", "expert_ffn")} == {"triton"}
+    assert chosen.keys() == {"grad_projection"}
+
+
+def test_cuda_is_chosen_on_a_gpu_it_was_built_for(gpu, cuda_extension):
+    gpu(9, 0)
+    cuda_extension("8.0;9.0+PTX")
+    for dtype in (None, torch.float64, torch.bfloat16):
+        assert backend.choose("grad_projection", "cuda", dtype) == "cuda"
+    gpu(7, 5)
+    assert backend.choose("grad_projection", "cuda") == "reference"
+    problem = r"the CUDA kernels were built for 8\.0;9\.0\+PTX, this device is of 7\.5"
+    with backend.force("cuda"), pytest.raises(RuntimeError, match=problem):
+        backend.choose("grad_projection", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("built", "runs", "does_not"),
+    [
+        ("8.0", [(8, 0), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("8.6+PTX", [(8, 6), (9, 0), (12, 0)], [(8, 0)]),
+        ("8.0 9.0a", [(8, 6), (9, 0)], [(10, 0)]),
+        ("10.0f", [(10, 0)], [(9, 0), (10, 3)]),
+    ],
+)
+def test_machine_code_is_for_its_generation_and_ptx_for_all_later_ones(gpu, cuda_extension, built, runs, does_not):
+    cuda_extension(built)
+    for capability in runs:
+        gpu(*capability)
+        assert backend.refusal("cuda", "cuda") == ""
+    for capability in does_not:
+        gpu(*capability)
+        assert built in backend.refusal("cuda", "cuda")
+
+
+@pytest.mark.skipif(bool(backend.refusal("cpp", "cpu")), reason="the C++ kernels were not built")
+def test_reason_is_why_no_faster_backend_was_chosen():
+    assert {row.reason for row in backend.report() if row.device == "cpu"} == {"the fastest that is here"}
+
+
+def test_missing_cuda_extension_is_the_references_and_said(gpu, monkeypatch):
+    gpu(9, 0)
+    monkeypatch.setattr(backend, "cuda_extension_problem", "moe_kernels._C_cuda was not built")
+    assert backend.choose("grad_projection", "cuda") == "reference"
+    (row,) = [row for row in backend.report() if (row.operator, row.device) == ("grad_projection", "cuda")]
+    assert "cuda: moe_kernels._C_cuda was not built" in row.reason
+
+
+def test_torch_for_the_cpu_takes_no_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backend._load_cuda().startswith("the CUDA kernels need a torch for CUDA, got torch ")
+
+
+def test_backend_without_a_kernel_for_the_operator_is_said():
+    for name, operator in (("triton", "grad_projection"), ("cuda", "routing")):
+        others = ", ".join(backend.OPERATORS[operator])
+        problem = f"'{name}' was forced and cannot run: {operator} has no kernel there; it has {others}"
+        with backend.force(name), pytest.raises(RuntimeError, match=problem):
+            backend.choose(operator, "cuda")
 
 
 def test_float64_on_a_gpu_is_the_references(gpu):
     gpu(9, 0)
-    assert backend.choose("cuda", torch.float64) == "reference"
+    assert backend.choose("routing", "cuda", torch.float64) == "reference"
     with (
         backend.force("triton"),
         pytest.raises(RuntimeError, match=r"'triton' was forced .*float16 .*got torch\.float64"),
     ):
-        backend.choose("cuda", torch.float64)
+        backend.choose("routing", "cuda", torch.float64)
 
 
 def test_old_gpu_is_the_references_and_said(gpu):
     gpu(7, 5)
-    assert backend.choose("cuda", torch.float16) == "reference"
+    assert backend.choose("routing", "cuda", torch.float16) == "reference"
     with backend.force("triton"), pytest.raises(RuntimeError, match=r"need compute capability 8\.0, got 7\.5"):
-        backend.choose("cuda", torch.float16)
+        backend.choose("routing", "cuda", torch.float16)
 
 
 def test_missing_triton_is_said(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setattr(backend, "_triton_installed", False)
-    assert backend.choose("cuda") == "reference"
+    assert backend.choose("routing", "cuda") == "reference"
     assert backend.refusal("triton", "cuda") == "triton is not installed"
 
 
 @NO_GPU
 def test_machine_without_a_gpu_is_said():
     assert backend.refusal("triton", "cuda") == "torch sees no CUDA device"
+    assert backend.refusal("cuda", "cuda") == (backend.cuda_extension_problem or "torch sees no CUDA device")
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
@@ -86,6 +157,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 def test_other_devices_are_named():
     assert "got xpu" in backend.refusal("triton", "xpu")
     assert "got xpu" in backend.refusal("cpp", "xpu")
+    assert "got xpu" in backend.refusal("cuda", "xpu")
 
 
 @pytest.mark.parametrize("name", backend.BACKENDS)
@@ -96,7 +168,7 @@ def test_meta_tensors_need_no_kernel(name):
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="expected one of cpp, triton, reference, got 'cuda'"), backend.force("cuda"):
+    with pytest.raises(ValueError, match="expected one of cpp, cuda, triton, reference, got 'c'"), backend.force("c"):
         pass
 
 
@@ -164,3 +236,11 @@ def test_every_operator_is_registered_for_a_gpu():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{operator}", "CUDA")
         if importlib.util.find_spec("triton") is not None:
             assert callable(getattr(importlib.import_module(f"moe_kernels.triton.{module}"), operator))
+
+
+@pytest.mark.skipif(bool(backend.cuda_extension_problem), reason=backend.cuda_extension_problem or "loaded")
+def test_cuda_extension_registers_its_operators():
+    import moe_kernels.ops.grad_projection  # noqa: F401
+
+    for operator in ("grad_projection", "grad_projection_moments", "grad_projection_sgd", "grad_projection_adamw"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{operator}", "CUDA")

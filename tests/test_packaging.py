@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import moe_kernels
+from moe_kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_CORE = {"matplotlib", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "transformers", "triton"}
@@ -116,7 +118,16 @@ def test_build_info():
     assert int(build["cxx_standard"]) >= 17
     assert re.match(r"(gcc|clang) \d+", build["compiler"])
     assert re.match(r"2\.\d+\.\d+", build["built_torch"])
-    assert (build["cuda"], build["cuda_arch"]) == ("", "")
+
+
+def test_build_info_of_the_cuda_extension():
+    if backend.cuda_extension_problem:
+        pytest.skip(backend.cuda_extension_problem)
+    build = backend.cuda_extension()
+    assert build["torch_target"] == "2.10"
+    assert re.match(r"2\.\d+\.\d+", build["built_torch"])
+    assert build["cuda"].partition(".")[0] == torch.version.cuda.partition(".")[0]
+    assert re.match(r"\d+\.\d", build["cuda_arch"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")

@@ -20,9 +20,10 @@ CORE = ("torch", "numpy", "typer")
 EXTRA = ("timm", "torchvision", "scikit-learn", "matplotlib", "safetensors", "tqdm")
 OPTIONAL = ("triton", "transformers")
 
-# Operators whose C++ kernels do all their sums themselves, in an order that does not depend on the number of
-# threads. The matrix products of the others, and everything on the reference, are torch's.
+# The C++ and CUDA kernels do all their sums themselves, in an order that depends neither on the number of threads nor
+# on the GPU. The reference's sums and products are torch's.
 ANY_THREADS = "same bits for any number of threads"
+ANY_DEVICE = "same bits on any GPU"
 SAME_THREADS = "same bits for the same number of threads"
 SAME_DEVICE = "same bits on the same kind of device"
 
@@ -87,26 +88,29 @@ def extension() -> dict[str, str]:
     return {"status": "loaded", **build}
 
 
+def cuda_extension() -> dict[str, str]:
+    """State of ``moe_kernels._C_cuda``: "not loaded" with the reason, or "loaded" with how it was built."""
+    if backend.cuda_extension_problem:
+        return {"status": "not loaded", "error": backend.cuda_extension_problem}
+    return {"status": "loaded", **backend.cuda_extension()}
+
+
 def _determinism(row: backend.Choice) -> str:
-    if row.backend == "triton":
-        return SAME_DEVICE
-    return ANY_THREADS if row.backend == "cpp" else SAME_THREADS
+    if row.backend == "reference":
+        return SAME_THREADS if row.device == "cpu" else SAME_DEVICE
+    return {"cpp": ANY_THREADS, "cuda": ANY_DEVICE, "triton": SAME_DEVICE}.get(row.backend, "")
 
 
-def operators() -> tuple[list[dict[str, str]], str]:
-    """The kernel of every operator on every device and why; and the error where a forced one cannot run."""
-    try:
-        rows = backend.report()
-    except RuntimeError as error:
-        return [], str(error)
-    return [{**row._asdict(), "determinism": _determinism(row)} for row in rows], ""
+def operators() -> list[dict[str, str]]:
+    """The kernel of every operator on every device, and why."""
+    return [{**row._asdict(), "determinism": _determinism(row)} for row in backend.report()]
 
 
 def advice(report: dict[str, Any]) -> list[str]:
     """What to do about what is missing, most important first; empty when nothing is."""
     steps = []
-    if report["problem"]:
-        steps.append(f"{report['problem']}. Unset MOE_KERNELS_BACKEND to let the fastest kernel be chosen.")
+    if stuck := [f"{row['operator']} on {row['device']}" for row in report["operators"] if row["backend"] == "none"]:
+        steps.append(f"{', '.join(stuck)} cannot run: unset MOE_KERNELS_BACKEND to let the fastest kernel be chosen.")
     if report["extension"]["status"] != "loaded":
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
@@ -117,20 +121,20 @@ def advice(report: dict[str, Any]) -> list[str]:
         )
     if missing := [name for name in EXTRA if report["versions"][name] is None]:
         steps.append(f'For the models and the demo ({", ".join(missing)} missing): pip install "moe-kernels[models]"')
-    if slow := [row for row in report["operators"] if row["device"] == "cuda" and row["backend"] == "reference"]:
-        steps.append(f"On the GPU the operators run as plain PyTorch. {slow[0]['reason']}")
+    for row in report["operators"]:
+        if row["device"] == "cuda" and row["backend"] == "reference":
+            steps.append(f"On the GPU {row['operator']} runs as plain PyTorch. {row['reason']}")
     return steps
 
 
 def examine() -> dict[str, Any]:
     """Everything the command prints, ready for JSON."""
-    rows, problem = operators()
     report: dict[str, Any] = {
         "versions": versions(),
         "devices": devices(),
         "extension": extension(),
-        "operators": rows,
-        "problem": problem,
+        "cuda_extension": cuda_extension(),
+        "operators": operators(),
     }
     return {**report, "advice": advice(report)}
 
@@ -154,12 +158,22 @@ def _extension_line(state: dict[str, str]) -> str:
     )
 
 
+def _cuda_extension_line(state: dict[str, str]) -> str:
+    if state["status"] != "loaded":
+        return f"  {state['error']}"
+    return (
+        f"  built for {state['cuda_arch']} by CUDA {state['cuda']} with torch {state['built_torch']}, "
+        f"for any torch >= {state['torch_target']} for CUDA {state['cuda'].partition('.')[0]}"
+    )
+
+
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = ["Versions"]
     lines += [f"  {name:14}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines += ["", "Devices", *_table(report["devices"], ("device", "name", "detail"))]
     lines += ["", "C++ extension (moe_kernels._C)", _extension_line(report["extension"])]
+    lines += ["", "CUDA extension (moe_kernels._C_cuda)", _cuda_extension_line(report["cuda_extension"])]
     lines += ["", "Operators"]
     lines += _table(report["operators"], ("operator", "device", "backend", "determinism", "reason"))
     lines += ["", "What to do", *(f"  - {step}" for step in report["advice"] or ["Nothing is missing."])]

@@ -145,7 +145,7 @@ def dispatch(
             raise ValueError("priority: has a meaning only with a capacity, got capacity=None")
         _library.check_tensor("priority", priority, (experts.shape[0],), floating=True, like=experts)
         priority = _library.cast(priority.detach(), _library.wide_dtype(priority.dtype))
-    if backend.choose(experts.device.type) != "reference":
+    if backend.choose("dispatch", experts.device.type) != "reference":
         return Dispatch(*_dispatch(experts, num_experts, capacity, priority))
     if experts.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = experts[(experts < 0) | (experts >= num_experts)]
@@ -158,7 +158,7 @@ def gather(x: Tensor, plan: Dispatch) -> Tensor:
     """Rows of ``x`` (T, d) in expert-major order, (A, d); the rows of dropped assignments are zero."""
     check_plan(plan, "T", "E+1", x)
     _library.check_tensor("x", x, (plan.inverse.shape[0], "d"), floating=True, like=x)
-    kernel = reference.gather if backend.choose(x.device.type, x.dtype) == "reference" else _gather
+    kernel = reference.gather if backend.choose("dispatch", x.device.type, x.dtype) == "reference" else _gather
     result: Tensor = kernel(x, plan.order, plan.offsets, plan.inverse)
     return result
 
@@ -172,6 +172,6 @@ def combine(y: Tensor, gates: Tensor, plan: Dispatch) -> Tensor:
     _library.check_tensor("y", y, (plan.order.shape[0], "d"), floating=True, like=y)
     _library.check_tensor("gates", gates, tuple(plan.inverse.shape), floating=True, like=y)
     gates = _library.cast(gates, _library.wide_dtype(y.dtype))
-    kernel = reference.combine if backend.choose(y.device.type, y.dtype) == "reference" else _combine
+    kernel = reference.combine if backend.choose("dispatch", y.device.type, y.dtype) == "reference" else _combine
     result: Tensor = kernel(y, gates, plan.order, plan.offsets, plan.inverse)
     return result

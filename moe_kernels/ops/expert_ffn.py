@@ -182,7 +182,7 @@ def expert_ffn(
         dtype = torch.get_autocast_dtype(device)
     x = _library.cast(x, dtype)
     gates = _library.cast(gates, _library.wide_dtype(dtype))
-    if backend.choose(device, dtype) == "reference":
+    if backend.choose("expert_ffn", device, dtype) == "reference":
         meaning: Callable[..., Tensor] = reference.expert_ffn
         parameters = [_library.cast(parameter, dtype) for parameter in (w1, b1, w2, b2)]
         with _library.without_autocast(device):

@@ -204,7 +204,7 @@ def _run(
     """
     x, *parameters = tensors
     dtype, device = _library.wide_dtype(x.dtype), x.device.type
-    chosen = backend.choose(device, x.dtype)
+    chosen = backend.choose("routing", device, x.dtype)
     narrow = chosen == "triton" and x.dtype in (torch.bfloat16, torch.float16)
     tensors = (x if narrow else _library.cast(x, dtype), *(_library.cast(tensor, dtype) for tensor in parameters))
     if chosen == "reference":
