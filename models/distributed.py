@@ -6,7 +6,7 @@ Every function here also works, and does nothing, where no process group was sta
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -38,6 +38,29 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def mean_(tensors: Iterable[torch.Tensor]) -> None:
+    """The mean over ranks into each of ``tensors``, one message for each dtype."""
+    if world() > 1:
+        _in_flat(tensors, lambda flat: dist.all_reduce(flat.div_(world())))
+
+
+def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
+    """Rank 0's values into each of ``tensors``, one message for each dtype."""
+    if world() > 1:
+        _in_flat(tensors, lambda flat: dist.broadcast(flat, src=0))
+
+
+def _in_flat(tensors: Iterable[torch.Tensor], change: Callable[[torch.Tensor], Any]) -> None:
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for some in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        change(flat)
+        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def barrier() -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,35 +26,10 @@ from torch import Tensor, nn
 
 from moe_kernels.nn import CosineRouter, LinearRouter, MoE
 
-from ..files import read_torch
+from ..weights import read_state_dict, state_of, without_prefixes
 
-# Under what training scripts wrap a state dict, DomainBed's model_dict among them.
-_NESTED = ("model_dict", "state_dict", "model")
-# What wrapping a model in DataParallel, DDP, a DomainBed algorithm or torch.compile puts before its names.
-_PREFIXES = ("module.", "model.", "network.", "_orig_mod.")
 _HEADS = ("head.", "head_dist.", "classifier.", "heads.head.")
 _COUNT = "_num_global_experts"
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a ``.safetensors`` file, or in one of ``torch.save`` (tensors and plain data only).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds no state dict.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return _state_of(read_torch(path), f"{path}")
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs safetensors: pip install 'moe-kernels[models]'") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
 def has_experts(state: Mapping[str, Tensor]) -> bool:
@@ -77,13 +51,13 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     if isinstance(source, str | os.PathLike):
         load_state(model, read_state_dict(source), os.fspath(source))
     else:
-        load_state(model, _state_of(source, "source"), "source")
+        load_state(model, state_of(source, "source"), "source")
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """:func:`load_weights` from a plain state dict; ``where`` is what messages call it."""
     layout = _official_layout(model) if _is_official(state) else _own_layout(model)
-    state = _without_prefixes(state, layout)
+    state = without_prefixes(state, layout)
     head = {key for key in {*state, *layout} if key.startswith(_HEADS)}
     drop_head = any(_misfit(key, state, layout) for key in head)
     if drop_head:
@@ -107,7 +81,7 @@ def from_official_state_dict(state: Mapping[str, Any], model: nn.Module) -> dict
         ValueError: all missing keys, unknown keys and wrong shapes (expected and got) in one message.
     """
     layout = _official_layout(model)
-    return _translated(_without_prefixes(_state_of(state, "state"), layout), layout, "state", model)
+    return _translated(without_prefixes(state_of(state, "state"), layout), layout, "state", model)
 
 
 def to_official_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -192,33 +166,6 @@ def _mixtures(model: nn.Module) -> list[tuple[str, MoE]]:
 
 def _is_official(state: Mapping[str, Tensor]) -> bool:
     return any(key.endswith(".experts.batched_fc1_w") for key in state)
-
-
-def _state_of(content: Any, where: str) -> dict[str, Tensor]:
-    """The state dict in what a file or a caller gave."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: expected a state dict, got {type(content).__name__}")
-    if other := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{where}: expected names with tensors, got something else under {', '.join(other)}")
-    return dict(content)
-
-
-def _without_prefixes(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
-    """``state`` with the prefixes of wrappers taken off the names that are not in ``layout``."""
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = key
-        while name not in layout and (prefix := next((p for p in _PREFIXES if name.startswith(p)), None)):
-            name = name.removeprefix(prefix)
-        if name in renamed:
-            raise ValueError(f"{key}: {name} is there more than once, with and without a prefix")
-        renamed[name] = tensor
-    return renamed
 
 
 def _misfit(key: str, state: Mapping[str, Tensor], layout: _Layout) -> bool:

@@ -1,14 +1,13 @@
 """The main job: a dense ViT and a GMoE on handwritten digits across shifted domains, in minutes on two cores.
 
 One small ViT is pretrained on drawn letters. From it start a dense ViT (ERM) and a GMoE, its sparse
-upcycling; each is trained on three of the four domains of :mod:`.data.digits` and tested on the fourth, in
+upcycling; each is trained on three of the four domains of :mod:`..data.digits` and tested on the fourth, in
 turn, over several trials (:mod:`.protocol`). Everything is kept in the output folder: killed at any instant
 and run again, the demo goes on where it was and ends with the same numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
@@ -22,10 +21,11 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
-from .. import files
-from . import pictures, report
-from .data import digits, letters
-from .data.domains import Domains
+from .. import files, report
+from ..data import digits, letters
+from ..data.domains import Domains
+from ..weights import digest as state_digest
+from . import pictures, tables
 from .model import create
 from .protocol import Entrant, Run, Table, collect, leave_one_out, perform
 from .trainer import SELECTED, TrainConfig, train
@@ -177,9 +177,7 @@ def _pretrain(out: Path, todo: Plan, on_step: Callable[[int], None]) -> dict[str
 
 def _entrants(weights: Path) -> list[Entrant]:
     """The two models from the same start; the digest ties what was trained to what it was trained from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(files.read_torch(weights)["model"].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+    digest = state_digest(files.read_torch(weights)["model"])
 
     def entrant(name: str, **options: Any) -> Entrant:
         def build() -> nn.Module:
@@ -188,7 +186,7 @@ def _entrants(weights: Path) -> list[Entrant]:
                 warnings.filterwarnings("ignore", message=".*its head is for another number of classes")
                 return create(MODEL, len(digits.CLASSES), pretrained=weights, **options)
 
-        return Entrant(name, build, {"create": {"name": MODEL, **options}, "weights": digest.hexdigest()})
+        return Entrant(name, build, {"create": {"name": MODEL, **options}, "weights": digest})
 
     return [entrant(DENSE, layers=[]), entrant(SPARSE)]
 
@@ -205,7 +203,7 @@ def _write(
     """The results and the report; ``shown`` is the run whose routing is pictured."""
     files.write_json(
         out / "results.json",
-        {"plan": asdict(todo), "table": report.table_json(table), "pretraining": pretrained, "runs": results},
+        {"plan": asdict(todo), "table": tables.table_json(table), "pretraining": pretrained, "runs": results},
     )
     pictures.plot_curves(results, out / "curves.png")
     pictures.plot_domains(data, out / "domains.png")
@@ -228,9 +226,9 @@ def _sections(todo: Plan, data: Domains, pretrained: dict[str, Any], table: Tabl
                 "Percent of images right in the domain that was held out: mean ± standard error over trials "
                 f"({todo.trials}). Each run trains on the other three domains; its weights are selected by accuracy on "
                 "the fifth of those that it does not train on (training-domain validation), never by the held-out one.",
-                report.comparison(table, SPARSE, DENSE),
+                tables.comparison(table, SPARSE, DENSE),
             ],
-            report.accuracy_rows(table),
+            tables.accuracy_rows(table),
         ),
         report.Section(
             "What was trained",
@@ -245,7 +243,7 @@ def _sections(todo: Plan, data: Domains, pretrained: dict[str, Any], table: Tabl
                 "For one held-out domain and trial both models see the same batches.",
             ],
         ),
-        report.Section("Every trial", (), report.trial_rows(table)),
+        report.Section("Every trial", (), tables.trial_rows(table)),
         report.Section(
             "Accuracy over training",
             ["Solid: the held-out domain, with the range over trials. Dotted: validation on the training domains."],

@@ -10,7 +10,8 @@ from torch import nn
 from moe_kernels.nn import CosineRouter
 from moe_kernels.nn.moe import TUTEL
 
-from .checkpoints import has_experts, load_state, read_state_dict
+from ..weights import read_state_dict
+from .checkpoints import has_experts, load_state
 from .convert import Layers, upcycle
 
 _PATCH16 = {

@@ -5,13 +5,11 @@ They are drawn without a display and written atomically.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 
 from moe_kernels.nn import MoE
 
-from .. import files
-from .data.domains import Domains
+from .. import figures
+from ..data.domains import Domains
 
 
 def plot_curves(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -33,7 +31,7 @@ def plot_curves(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     figure = Figure(figsize=(3.2 * len(domains) + 0.6, 3.6), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(domains), squeeze=False, sharey=True)[0]
     for panel, domain in zip(panels, domains, strict=True):
-        for color, model in zip(_colors(len(models)), models, strict=True):
+        for color, model in zip(figures.colors(len(models)), models, strict=True):
             histories = [
                 result["history"]
                 for result in results
@@ -44,9 +42,7 @@ def plot_curves(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             steps = [entry["step"] for entry in histories[0]]
             for key, style in (("test", "-"), ("validation", ":")):
                 values = 100 * np.array([[entry[key] for entry in history] for history in histories], float)
-                panel.plot(steps, values.mean(0), style, color=color, label=f"{model}, {key}")
-                if key == "test":
-                    panel.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+                figures.curves(panel, steps, values, style, color=color, label=f"{model}, {key}")
         panel.set(title=f"{domain} held out", xlabel="step")
         panel.grid(alpha=0.3)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -57,7 +53,7 @@ def plot_curves(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         ncols=2 * len(models),
         frameon=False,
     )
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_domains(data: Domains, path: str | os.PathLike[str], columns: int = 10) -> None:
@@ -71,7 +67,7 @@ def plot_domains(data: Domains, path: str | os.PathLike[str], columns: int = 10)
         _row_label(row[0], domain)
     for panel, index in zip(grid[0], classes, strict=True):
         panel.set_title(data.classes[index], fontsize=9)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def patch_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -108,7 +104,7 @@ def plot_routing(
     """
     device = next(model.parameters()).device
     *_, (name, last) = ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
-    colors = np.array(_colors(last.w1.shape[0]))
+    colors = np.array(figures.colors(last.w1.shape[0]))
     shown = range(min(classes, len(data.classes)))
     figure = Figure(figsize=(1.9 * len(shown) + 3.2, 1.0 * len(data.domains) + 1.1), layout="constrained")
     widths = [1.0] * (2 * len(shown)) + [3.0]
@@ -131,7 +127,7 @@ def plot_routing(
     handles = [Patch(color=color, label=f"expert {i}") for i, color in enumerate(colors)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(title or f"expert of each patch in {name}", fontsize=11)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _examples(data: Domains, classes: Iterable[int]) -> list[Tensor]:
@@ -155,12 +151,6 @@ def _tinted(picture: np.ndarray, colors: np.ndarray) -> np.ndarray:
     return 0.45 * grey + 0.55 * mask
 
 
-def _colors(count: int) -> list[tuple[float, float, float]]:
-    name = "tab10" if count <= 10 else "tab20"
-    wheel = matplotlib.colormaps[name].colors  # type: ignore[attr-defined]
-    return [wheel[i % len(wheel)] for i in range(count)]
-
-
 def _show(panel: Axes, picture: np.ndarray) -> None:
     panel.imshow(picture, interpolation="nearest")
     panel.set(xticks=[], yticks=[])
@@ -168,9 +158,3 @@ def _show(panel: Axes, picture: np.ndarray) -> None:
 
 def _row_label(panel: Axes, text: str) -> None:
     panel.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    files.write_bytes(path, buffer.getvalue())

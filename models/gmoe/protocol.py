@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from .. import files
-from .data.domains import Domains, normalized_name
-from .trainer import RESULT, TrainConfig, train
+from ..data.domains import Domains, normalized_name
+from ..runs import RESULT
+from .trainer import TrainConfig, train
 
 RUNS = "runs"
 

@@ -15,12 +15,9 @@ summed over ranks, rank 0 writes. The auxiliary loss is that of the rank's own t
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_kernels.nn import MoE, auxiliary_loss
 
-from .. import distributed, files
-from .data.domains import Domains, ImageDataset
-from .data.splits import seed_hash, split
-from .evaluation import accuracy, autocast
+from .. import distributed, files, runs
+from ..data import batches
+from ..data.domains import Domains, ImageDataset
+from ..data.splits import seed_hash, split
+from ..evaluation import accuracy, autocast
 
-CHECKPOINT, SELECTED, RESULT = "checkpoint.pt", "selected.pt", "result.json"
+SELECTED = "selected.pt"
 
 
 @dataclass(frozen=True)
@@ -121,21 +119,13 @@ class StepBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         draw = np.random.default_rng((self.seed, step))
-        images, labels = [], []
-        state = torch.get_rng_state()
-        try:
-            for dataset, kept in self.domains:
-                chosen = kept[draw.integers(len(kept), size=self.batch)]
-                seeds = draw.integers(2**31, size=self.batch)
-                mine = slice(self.rank, None, self.world)
-                for index, seed in zip(chosen[mine], seeds[mine], strict=True):
-                    torch.default_generator.manual_seed(int(seed))
-                    image, label = dataset[int(index)]
-                    images.append(image)
-                    labels.append(int(label))
-        finally:
-            torch.set_rng_state(state)
-        return torch.stack(images), torch.tensor(labels)
+        mine = slice(self.rank, None, self.world)
+        items = []
+        for dataset, kept in self.domains:
+            chosen = kept[draw.integers(len(kept), size=self.batch)]
+            seeds = draw.integers(2**31, size=self.batch)
+            items += [(dataset, index, seed) for index, seed in zip(chosen[mine], seeds[mine], strict=True)]
+        return batches.load(items)
 
 
 def train(
@@ -182,11 +172,7 @@ def train(
     config = replace(config, held_out=tuple(data.domains[data.index(name)] for name in config.held_out))
     run = _identity(data, config, description)
     on_step = on_step or (lambda step: None)
-    with (
-        files.lock(folder) if distributed.rank() == 0 else nullcontext(),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-    ):
-        result, checkpoint = distributed.agree(_read(folder, run) if distributed.rank() == 0 else None)
+    with runs.opened(folder, run, device) as (result, checkpoint):
         if result is None:
             torch.manual_seed(_seed(data, config))
             training = _Training(build().to(device), data, config, device, workers)
@@ -195,18 +181,7 @@ def train(
             start = 0 if checkpoint is None else checkpoint["step"]
             result = _train(training, start, folder, run, checkpoint_share, on_step)
         on_step(config.steps)
-        distributed.barrier()
     return result
-
-
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each key on which two configurations differ."""
-    lines = []
-    for key in sorted({*theirs, *ours}):
-        there, here = (repr(side[key]) if key in side else "nothing" for side in (theirs, ours))
-        if there != here:
-            lines.append(f"{key}: {there} there, {here} here")
-    return lines
 
 
 def _identity(data: Domains, config: TrainConfig, description: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -219,27 +194,7 @@ def _identity(data: Domains, config: TrainConfig, description: Mapping[str, Any]
         "classes": data.classes,
         "images": dict(zip(data.domains, (len(part) for part in data.evaluation), strict=True)),  # type: ignore[arg-type]
     }
-    # through JSON, so that it compares equal to what comes back from a file
-    identity: dict[str, Any] = json.loads(json.dumps({**facts, **asdict(config), **(description or {})}))
-    return identity
-
-
-def _read(folder: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The finished result and the checkpoint of ``folder``, whichever there is; the leftovers of a killed run go."""
-    files.remove_leftovers(folder)
-    result = files.read_json(folder / RESULT) if (folder / RESULT).exists() else None
-    checkpoint = files.read_torch(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else None
-    for name, found in ((RESULT, result), (CHECKPOINT, checkpoint)):
-        if found is not None and found.get("run") != run:
-            lines = "\n  ".join(differences(found.get("run") or {}, run))
-            raise ValueError(
-                f"{folder / name} is of another configuration:\n  {lines}\n"
-                "Ask for the same, choose another folder, or delete this one."
-            )
-    if result is not None and checkpoint is not None:
-        (folder / CHECKPOINT).unlink()
-        checkpoint = None
-    return result, checkpoint
+    return runs.identity(facts, asdict(config), description or {})
 
 
 class _Training:
@@ -345,31 +300,26 @@ def _train(
 ) -> dict[str, Any]:
     """Train from step ``start`` to the end."""
     config, model = training.config, training.model
-    writes = distributed.rank() == 0
     network: nn.Module = model
     if distributed.world() > 1:
         network = DistributedDataParallel(model, [training.device] if training.device.type == "cuda" else None)
     seed = _seed(training.data, config)
-    checkpoint_due = time.monotonic()
+    checkpoints = runs.Checkpoints(folder, checkpoint_share)
     on_step(start)
     network.train()
     for step, (images, labels) in enumerate(training.batches(seed, start), start):
         torch.manual_seed(seed_hash(seed, step, distributed.rank()))
         training.update(network, step, images, labels)
         last = step == config.steps - 1
-        if (step % config.eval_every == 0 or last) and training.evaluate(step) and writes:
+        better = (step % config.eval_every == 0 or last) and training.evaluate(step)
+        if better and distributed.rank() == 0:
             files.write_torch(folder / SELECTED, {"run": run, "step": step, "model": model.state_dict()})
-        if writes and not last and time.monotonic() >= checkpoint_due:
-            begun = time.monotonic()
-            files.write_torch(folder / CHECKPOINT, {"run": run, "step": step + 1, **training.state()})
-            now = time.monotonic()
-            checkpoint_due = now + (now - begun) / checkpoint_share
+        if not last:
+            checkpoints.offer(lambda step=step: {"run": run, "step": step + 1, **training.state()})  # type: ignore[misc]
         on_step(step + 1)
     selected = max(training.history, key=lambda entry: entry["validation"])
     result = {"run": run, "history": training.history, "selected": selected}
-    if writes:
-        files.write_json(folder / RESULT, result)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+    runs.finish(folder, result)
     return result
 
 

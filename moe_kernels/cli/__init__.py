@@ -16,13 +16,14 @@ COMMANDS = {
     "demo": "Train a dense and a mixture-of-experts vision transformer on digits across shifted domains.",
     "bench": "Measure the operators beside their peers.",
     "gmoe": "Train and evaluate GMoE on folders of images.",
+    "transfer": "Fine-tune pretrained networks near their source, with DTNH so that it never hurts.",
 }
 # What the extra [models] brings, by import name.
 EXTRA_MODULES = {"PIL", "matplotlib", "safetensors", "sklearn", "timm", "torchvision", "tqdm"}
 
 app = typer.Typer(
     name="moe-kernels",
-    help="Sparse mixture-of-experts vision transformers: kernels, layers, models.",
+    help="Sparse mixture-of-experts vision transformers and transfer that never hurts: kernels, layers, models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

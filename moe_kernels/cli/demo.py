@@ -8,10 +8,8 @@ import torch
 import typer
 
 from moe_kernels.cli import accuracy
-from moe_kernels.models.gmoe import demo, report
-
-# Of a model this small two threads are all that help, and the bits depend on their number.
-THREADS = 2
+from moe_kernels.cli.common import THREADS, one_sentence
+from moe_kernels.models.gmoe import demo, tables
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,14 +30,8 @@ def run(
     """
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     begun = time.monotonic()
-    try:
+    with one_sentence():
         table = demo.run(out, demo.plan(seeds, quick))
-    except (ValueError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-    accuracy.show(f"Out-of-domain accuracy, %: mean ± standard error, trials: {seeds}", report.accuracy_rows(table))
-    typer.echo(report.comparison(table, demo.SPARSE, demo.DENSE))
+    accuracy.show(f"Out-of-domain accuracy, %: mean ± standard error, trials: {seeds}", tables.accuracy_rows(table))
+    typer.echo(tables.comparison(table, demo.SPARSE, demo.DENSE))
     typer.echo(f"{time.monotonic() - begun:.0f} s. Report: {out / 'report.html'}, {out / 'report.md'}")

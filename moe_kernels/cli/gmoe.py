@@ -1,9 +1,6 @@
 """``moe-kernels gmoe``: domain generalization on folders of images, on one device or under ``torchrun``."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,25 +9,14 @@ import typer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from moe_kernels.cli import accuracy
-from moe_kernels.models import distributed, files, gmoe
-from moe_kernels.models.gmoe import evaluation, pictures, protocol, report
-from moe_kernels.models.gmoe.data import folders
+from moe_kernels.cli.common import Device, Precision, SkipBad, Workers, first_rank_first, one_sentence
+from moe_kernels.models import distributed, evaluation, files, gmoe, report
+from moe_kernels.models.data import folders
+from moe_kernels.models.gmoe import pictures, protocol, tables
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Root = Annotated[Path, typer.Argument(help="Folder with the images: ROOT/<domain>/<class>/<image>.")]
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or cuda:<index>; under torchrun each rank takes its own GPU.")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each rank.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read instead of stopping.")]
-
-
-class Precision(str, Enum):
-    """Of the model's arithmetic."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 @app.command()
@@ -68,7 +54,7 @@ def train(
     Finished runs under OUT are kept and an interrupted one goes on where it was, so the same command may be repeated,
     and several of them, for different domains or seeds, may share OUT: the table is of all that is there.
     """
-    with _one_sentence(), distributed.process_group(device) as on:
+    with one_sentence(), distributed.process_group(device) as on:
         first = distributed.rank() == 0
         create = {
             "name": model,
@@ -123,7 +109,7 @@ def evaluate(
     skip_bad: SkipBad = False,
 ) -> None:
     """Accuracy of trained weights on every image of every domain of ROOT."""
-    with _one_sentence(), distributed.process_group(device) as on:
+    with one_sentence(), distributed.process_group(device) as on:
         saved = files.read_torch(checkpoint)
         run = saved.get("run") if isinstance(saved, dict) else None
         if not run or "create" not in run:
@@ -158,19 +144,6 @@ def evaluate(
             typer.echo(f"written to {path}")
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """What the user can mend ends in a sentence and not in a traceback."""
-    try:
-        yield
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-
-
 def _layers(text: str) -> str | list[int]:
     try:
         return [int(index) for index in text.split(",")]
@@ -185,12 +158,9 @@ def _image_size(model: str) -> int:
 
 
 def _load(root: Path, image_size: int, skip_bad: bool) -> Any:
-    """The images of ROOT. The first rank goes first: it decodes every image once, the others find that done."""
-    if distributed.rank() > 0:
-        distributed.barrier()
-    data = folders.load(root, image_size=image_size, skip_bad=skip_bad)
+    """The images of ROOT."""
+    data = first_rank_first(lambda: folders.load(root, image_size=image_size, skip_bad=skip_bad))
     if distributed.rank() == 0:
-        distributed.barrier()
         for skipped in data.skipped:
             typer.echo(f"skipped: {skipped}", err=True)
     return data
@@ -207,16 +177,16 @@ def _report(out: Path) -> None:
     """The table of every finished run under ``out``, on the terminal and as report.md, report.html and results.json."""
     results = protocol.finished(out)
     table = protocol.collect(results)
-    rows = report.accuracy_rows(table)
+    rows = tables.accuracy_rows(table)
     pictures.plot_curves(results, out / "curves.png")
-    files.write_json(out / "results.json", {"table": report.table_json(table), "runs": results})
+    files.write_json(out / "results.json", {"table": tables.table_json(table), "runs": results})
     sections = [
         report.Section(
             "Out-of-domain accuracy",
             ["Percent; mean ± standard error over trials; weights selected by training-domain validation."],
             rows,
         ),
-        report.Section("Every trial", (), report.trial_rows(table)),
+        report.Section("Every trial", (), tables.trial_rows(table)),
         report.Section("Accuracy over training", (), picture="curves.png"),
     ]
     report.write(out, f"{table.dataset}: each domain held out", sections)

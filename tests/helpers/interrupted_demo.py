@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from moe_kernels.models import files
+from moe_kernels.models.data.domains import Domains
 from moe_kernels.models.gmoe import demo
-from moe_kernels.models.gmoe.data.domains import Domains
-from moe_kernels.models.gmoe.trainer import CHECKPOINT, TrainConfig
+from moe_kernels.models.gmoe.trainer import TrainConfig
+from moe_kernels.models.runs import CHECKPOINT
 
 PLAN = demo.Plan(
     letters=104,

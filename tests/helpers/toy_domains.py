@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moe_kernels.models import distributed, files
-from moe_kernels.models.gmoe.data.domains import Domains
+from moe_kernels.models.data.domains import Domains
 from moe_kernels.models.gmoe.trainer import TrainConfig, train
 from moe_kernels.nn import MoE
 

@@ -61,3 +61,32 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RuntimeError, match="CUDA device 5 was asked for, and torch sees 2"):
         distributed.process_group("cuda:5").__enter__()
+
+
+def test_many_tensors_go_in_one_message_of_each_dtype(monkeypatch):
+    sent = []
+
+    def double(flat, *args, **options):
+        sent.append(flat.dtype)
+        flat *= 2
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", double)
+    monkeypatch.setattr(distributed.dist, "broadcast", double)
+    strided = torch.ones(3, 2).t()
+    tensors = [torch.ones(2, 2), torch.ones((), dtype=torch.float64), strided, torch.ones(0)]
+    distributed.mean_(tensors)
+    assert sent == [torch.float32, torch.float64]
+    # the sum of two equal ranks, halved
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors)
+    distributed.broadcast_(tensor for tensor in tensors)
+    assert all(torch.equal(tensor, 2 * torch.ones_like(tensor)) for tensor in tensors)
+    assert torch.equal(strided, torch.full((2, 3), 2.0))
+    distributed.mean_([])
+
+
+def test_a_process_on_its_own_sends_nothing():
+    tensor = torch.arange(3.0)
+    distributed.mean_([tensor])
+    distributed.broadcast_([tensor])
+    assert tensor.tolist() == [0, 1, 2]

@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from toy_domains import dense_net, sparse_net, toy_domains
 
+from moe_kernels.models import figures
+from moe_kernels.models.data import digits
 from moe_kernels.models.gmoe import create, pictures
-from moe_kernels.models.gmoe.data import digits
 
 
 def read(path) -> np.ndarray:
@@ -33,7 +34,7 @@ def test_curves_show_every_model(tmp_path):
     ]
     pictures.plot_curves(results, tmp_path / "curves.png")
     picture = read(tmp_path / "curves.png")
-    for color in pictures._colors(2):
+    for color in figures.colors(2):
         assert colored(picture, color) > 100
     assert picture.shape[1] > picture.shape[0]
 
@@ -94,6 +95,6 @@ def test_routing_shows_every_expert_that_is_used(tmp_path):
     model, data = sparse_net(), toy_domains()
     pictures.plot_routing(model, data, tmp_path / "routing.png", title="a title")
     picture = read(tmp_path / "routing.png")
-    for color in pictures._colors(3):
+    for color in figures.colors(3):
         # in the legend at least
         assert colored(picture, color) > 50

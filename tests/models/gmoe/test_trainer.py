@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from toy_domains import NAMES, ToyNet, dense_net, sparse_net, toy_domains, train_dense_as_rank
 
-from moe_kernels.models import distributed, files
+from moe_kernels.models import distributed, files, runs
+from moe_kernels.models.data.splits import split
+from moe_kernels.models.evaluation import accuracy
 from moe_kernels.models.gmoe import trainer
-from moe_kernels.models.gmoe.data.splits import split
-from moe_kernels.models.gmoe.evaluation import accuracy
-from moe_kernels.models.gmoe.trainer import CHECKPOINT, RESULT, SELECTED, StepBatches, TrainConfig, train
+from moe_kernels.models.gmoe.trainer import SELECTED, StepBatches, TrainConfig, train
+from moe_kernels.models.runs import CHECKPOINT, RESULT
 
 CONFIG = TrainConfig(
     held_out=("neon",),
@@ -262,7 +263,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 def test_checkpoints_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch):
     clock, spent = [0.0], []
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     update, write = trainer._Training.update, files.write_torch
 
     def slow_update(self: Any, *args: Any) -> None:
@@ -276,7 +277,7 @@ def test_checkpoints_take_their_share_of_the_time_and_no_more(tmp_path, monkeypa
         write(path, content)
 
     monkeypatch.setattr(trainer._Training, "update", slow_update)
-    monkeypatch.setattr(trainer.files, "write_torch", slow_write)
+    monkeypatch.setattr(files, "write_torch", slow_write)
     train(dense_net, toy_domains(), replace(CONFIG, steps=200, eval_every=100), tmp_path, checkpoint_share=0.02)
     # one at the start, then one every 25 seconds
     assert len(spent) == 8

@@ -1,0 +1,51 @@
+"""What the commands that train share: options, one-sentence errors, and who looks at the images first."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated, TypeVar
+
+import typer
+
+from moe_kernels.models import distributed
+
+T = TypeVar("T")
+
+# Of models as small as the demos' two threads are all that help, and the bits depend on their number.
+THREADS = 2
+
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:<index>; under torchrun each rank takes its own GPU.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each rank.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read instead of stopping.")]
+
+
+class Precision(str, Enum):
+    """Of the model's arithmetic."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """What the user can mend ends in a sentence and not in a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+
+
+def first_rank_first(load: Callable[[], T]) -> T:
+    """``load()``. The first rank decodes every image once, the others find that done."""
+    if distributed.rank() > 0:
+        distributed.barrier()
+    loaded = load()
+    if distributed.rank() == 0:
+        distributed.barrier()
+    return loaded

@@ -1,0 +1,254 @@
+"""``moe-kernels transfer``: fine-tuning of pretrained backbones on folders of images, and what it does on digits."""
+
+import time
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from moe_kernels.cli import accuracy
+from moe_kernels.cli.common import THREADS, Device, Precision, SkipBad, Workers, first_rank_first, one_sentence
+from moe_kernels.models import distributed
+from moe_kernels.models.transfer import backbones, protocol, report, tables
+from moe_kernels.models.transfer import data as targets
+from moe_kernels.models.transfer.configuration import METHODS, PLAIN, FineTuneConfig
+from moe_kernels.models.transfer.regularizers import REGULARIZERS
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+T = TypeVar("T")
+PAPER = "paper"
+DEFAULTS = FineTuneConfig()
+OF_FEATURES = {name for name, kind in REGULARIZERS.items() if kind.uses_features}
+IN_WEIGHT_SPACE = set(REGULARIZERS) - OF_FEATURES
+
+
+class Scope(str, Enum):
+    """Over what a conflict is looked for."""
+
+    everything = "global"
+    tensor = "tensor"
+    group = "group"
+
+
+@app.command()
+def train(
+    root: Annotated[
+        Path, typer.Argument(help="The target: ROOT/train/<class>/<image> and ROOT/test/…, or ROOT/<class>/<image>.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A backbone of timm or torchvision; torchvision/NAME says which.")
+    ] = "resnet18",
+    source: Annotated[
+        str,
+        typer.Option(help="The source's weights: a .safetensors or .pth file, or hub: the library's own."),
+    ] = backbones.HUB,
+    source_name: Annotated[str | None, typer.Option(help="Of the source in tables. Default: the file's.")] = None,
+    method: Annotated[
+        list[str], typer.Option(help=f"{', '.join(METHODS)}; may be repeated. {PAPER}: the five columns of its tables.")
+    ] = [DEFAULTS.method],  # noqa: B006
+    dtnh: Annotated[
+        bool, typer.Option("--dtnh", help="The regularizer's gradient loses what is against the empirical loss's.")
+    ] = DEFAULTS.dtnh,
+    coefficient: Annotated[float | None, typer.Option(help="λ in J + λΩ. Default: the method's own.")] = None,
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Choose λ for each method on folds of the training images.")
+    ] = False,
+    grid: Annotated[
+        str | None, typer.Option(help="The λ to choose from, 0.01,0.1. Default: powers of ten around the method's own.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,
+    coefficient_decay: Annotated[
+        float, typer.Option(help="What λ is multiplied with after each epoch.")
+    ] = DEFAULTS.coefficient_decay,
+    parameters: Annotated[
+        str | None, typer.Option(help="Of l2 and l2-sp: kernels or all. Default: all for l2, kernels for l2-sp.")
+    ] = DEFAULTS.parameters,
+    layers: Annotated[
+        str | None, typer.Option(help="Of feature methods, layer1,layer2. Default: the last convolution of each stage.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Module names of the new head. Default: they are found.")] = None,
+    head_decay: Annotated[float, typer.Option(help="Weight decay of the new head.")] = DEFAULTS.head_decay,
+    scope: Annotated[Scope, typer.Option(help="Over what DTNH looks for a conflict.")] = Scope.everything,
+    anchored_only: Annotated[
+        bool, typer.Option("--anchored-only", help="The new head takes no part in that.")
+    ] = DEFAULTS.anchored_only,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Angles of plain feature methods too, for a second backward.")
+    ] = DEFAULTS.measure,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each method, each with the next seed.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first.")] = DEFAULTS.seed,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = DEFAULTS.steps,
+    batch: Annotated[int, typer.Option(help="Images of a step, over all ranks.")] = DEFAULTS.batch,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = DEFAULTS.learning_rate,
+    drop_at: Annotated[
+        float, typer.Option(help="The share of the steps after which the learning rate is divided by 10.")
+    ] = DEFAULTS.drop_at,
+    momentum: Annotated[float, typer.Option(help="Of SGD.")] = DEFAULTS.momentum,
+    eval_every: Annotated[int, typer.Option(help="Steps between two looks at the test images.")] = DEFAULTS.eval_every,
+    train_per_class: Annotated[
+        int | None, typer.Option(help="Of ROOT/<class>/<image>: images of each class to train on, drawn at random.")
+    ] = None,
+    test_per_class: Annotated[int | None, typer.Option(help="And of the others to test on. Default: all.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Size of the images. Default: the model's, 224.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Size they are cut out of. Default: 256/224 of it.")] = None,
+    precision: Annotated[Precision, typer.Option(help="bfloat16 runs the model under autocast.")] = Precision.float32,
+    device: Device = "auto",
+    workers: Workers = 4,
+    skip_bad: SkipBad = False,
+    out: Annotated[Path, typer.Option(help="Folder for results, report and checkpoints.")] = Path("transfer-runs"),
+) -> None:
+    """Fine-tune a pretrained backbone on images of other classes, with DTNH's recipe (arXiv 1911.07489).
+
+    Finished runs under OUT are kept and an interrupted one goes on where it was, so the same command may be repeated,
+    and several of them, for other targets, sources or methods, may share OUT: the tables are of all that is there.
+    """
+    with one_sentence(), distributed.process_group(device) as on:
+        chosen = _methods(method, dtnh)
+        _check_coefficients(chosen, coefficient, cross_validate, grid)
+        configs = [
+            FineTuneConfig(
+                method=name,
+                dtnh=projected,
+                coefficient=None if name == PLAIN else coefficient,
+                coefficient_decay=coefficient_decay,
+                parameters=_for(name, chosen, IN_WEIGHT_SPACE, parameters),
+                layers=_for(name, chosen, OF_FEATURES, _names(layers)),
+                head=_names(head),
+                head_decay=head_decay,
+                scope=scope.value,
+                anchored_only=anchored_only,
+                seed=seed,
+                steps=steps,
+                batch=batch,
+                learning_rate=lr,
+                drop_at=drop_at,
+                momentum=momentum,
+                eval_every=eval_every,
+                measure=measure,
+                precision=precision.value,
+            )
+            for name, projected in chosen
+        ]
+        backbone = backbones.load(model, source)
+        size = crop or backbone.size
+        data = first_rank_first(
+            lambda: targets.load(
+                root,
+                train_per_class=train_per_class,
+                test_per_class=test_per_class,
+                seed=seed,
+                crop=size,
+                resize=resize or round(size * 256 / 224),
+                mean=backbone.mean,
+                std=backbone.std,
+                skip_bad=skip_bad,
+            )
+        )
+        name = source_name or (source if source == backbones.HUB else Path(source).stem)
+        pair = protocol.Pair(name, lambda: backbone.build(len(data.classes)), data, backbone.description())
+        for config in configs:
+            if cross_validate and config.method != PLAIN:
+                config = _cross_validated(pair, config, out, _numbers(grid), folds, on, workers)
+            for run in protocol.repeats(pair, config, out, repeats):
+                final = _perform(run, on, workers)["final"]
+                _say(f"{run}: {100 * final['test_accuracy']:.2f} %. Weights: {run.folder / 'final.pt'}")
+        if distributed.rank() == 0:
+            for table in report.write(out, "Fine-tuning near the source", protocol.finished(out)):
+                accuracy.show(f"Source {table.source}: accuracy, %", tables.rows(table))
+            typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results, report and checkpoints.")] = Path("transfer-demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Repeats of each method.")] = 5,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Train just enough to see that everything runs; the accuracies mean nothing."),
+    ] = False,
+) -> None:
+    """The tables and figures of DTNH on digits, from a source that helps and from one that does not.
+
+    It takes minutes on two cores and needs no download. If it is interrupted, in whatever way, the same command goes on
+    where it was and ends with the same numbers.
+    """
+    from moe_kernels.models.transfer import demo as experiment
+
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    begun = time.monotonic()
+    with one_sentence():
+        found = experiment.run(out, experiment.plan(seeds, quick))
+    for table in found:
+        accuracy.show(f"Source {table.source}: accuracy, %", tables.rows(table))
+    typer.echo(f"{time.monotonic() - begun:.0f} s. Report: {out / 'report.html'}, {out / 'report.md'}")
+
+
+def _methods(names: list[str], dtnh: bool) -> list[tuple[str, bool]]:
+    """Method and whether with DTNH, of each column."""
+    if PAPER in names:
+        if len(names) > 1 or dtnh:
+            raise ValueError(f"method {PAPER} is all five columns, without and with dtnh; it stands alone")
+        return list(protocol.PAPER)
+    return [(name, dtnh) for name in dict.fromkeys(names)]
+
+
+def _check_coefficients(
+    chosen: list[tuple[str, bool]], coefficient: float | None, cross_validate: bool, grid: str | None
+) -> None:
+    regularized = {name for name, _ in chosen} - {PLAIN}
+    if coefficient is not None and cross_validate:
+        raise ValueError("coefficient and cross-validate exclude one another: give λ, or let it be chosen")
+    if grid is not None and not cross_validate:
+        raise ValueError("grid is what cross-validate chooses from; pass it too")
+    if cross_validate and not regularized:
+        raise ValueError(f"cross-validate: method {PLAIN} has no coefficient")
+    for name, value in (("coefficient", coefficient), ("grid", grid)):
+        if value is not None and len(regularized) != 1:
+            raise ValueError(
+                f"{name} is of one regularizer, got {len(regularized)}: {', '.join(sorted(regularized)) or 'none'}"
+            )
+
+
+def _cross_validated(
+    pair: Any, config: Any, out: Path, coefficients: list[float] | None, folds: int, on: torch.device, workers: int
+) -> Any:
+    """``config`` with the best coefficient."""
+    runs = protocol.folds(pair, config, out, coefficients, folds)
+    best = protocol.cross_validate(
+        runs, lambda run: _perform(run, on, workers, f", λ = {run.config.coefficient:g}, {run.folder.name}")
+    )
+    _say(f"{protocol.label(config.method, config.dtnh)}: cross-validation chooses λ = {best:g}")
+    return replace(config, coefficient=best)
+
+
+def _perform(run: Any, on: torch.device, workers: int, what: str = "") -> Any:
+    with tqdm(
+        total=run.config.steps, desc=f"{run}{what}", unit="step", disable=None if distributed.rank() == 0 else True
+    ) as bar:
+        return protocol.perform(run, device=on, workers=workers, on_step=lambda step: bar.update(step - bar.n))
+
+
+def _say(line: str) -> None:
+    if distributed.rank() == 0:
+        tqdm.write(line)
+
+
+def _for(name: str, chosen: list[tuple[str, bool]], users: set[str], value: T) -> T | None:
+    """An option's ``value`` where ``name`` is one of its ``users``, or no chosen method is, which is then refused."""
+    return value if name in users or not users & {method for method, _ in chosen} else None
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"grid must be numbers such as 0.01,0.1, got {text!r}") from None
