@@ -23,7 +23,7 @@ def assert_within_budget(
 
     Relative Frobenius error ≤ 1.5 × that of plain + 2 eps; maximum error, relative to the largest exact element,
     ≤ 4 × plain + 2 eps. Where ``nudged``, the exact result of nudged inputs, is further off than plain, it counts.
-    Of fewer than 64 elements that are not 0 the norm is as much a matter of luck as the maximum, and only that is bounded.
+    Of fewer than 64 elements that are not 0 the norm is as much a matter of luck as the maximum: only that is bounded.
     """
     assert kernel.dtype == plain.dtype, f"{name}: dtype {kernel.dtype}, expected {plain.dtype}"
     assert kernel.shape == exact.shape, f"{name}: shape {tuple(kernel.shape)}, expected {tuple(exact.shape)}"
