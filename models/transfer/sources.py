@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from ..data import digits, letters
 from ..data.drawing import colour, generators, mix, normalize, per_image, waves
@@ -61,8 +61,10 @@ def source(name: str, count: int = 6400, seed: int = 0) -> Target:
     return _task(name, classes, (images[:-tested], labels[:-tested]), (images[-tested:], labels[-tested:]))
 
 
-def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0) -> Target:
+def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0, size: int = SIZE) -> Target:
     """A target with ``per_class`` images of each of its ten classes to train on and ``tested`` to test on.
+
+    Images of another ``size`` are interpolated.
 
     Raises:
         ValueError: no such target, or more images than there are.
@@ -76,7 +78,7 @@ def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0) -> T
         images, labels = weaves(np.arange(count), seed)
         train, test = slice(None, 10 * per_class), slice(10 * per_class, None)
         classes = tuple(f"{180 * a / _CROSSED:g}° × {180 * b / _CROSSED:g}°" for a, b in _WEAVES)
-        return _task(name, classes, (images[train], labels[train]), (images[test], labels[test]))
+        return _task(name, classes, (images[train], labels[train]), (images[test], labels[test]), size)
 
     ink, labels = digits.scanned()
     half = digits.partition(labels, len(_STYLES), seed)[_STYLES.index(name)]
@@ -89,7 +91,7 @@ def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0) -> T
         indices = np.sort(np.concatenate([some[chosen] for some in of_class]))
         images = normalize(digits.render(name, ink[indices], seed, indices))
         parts.append((images, torch.from_numpy(labels[indices])))
-    return _task(name, digits.CLASSES, *parts)
+    return _task(name, digits.CLASSES, *parts, size)
 
 
 def textures(indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -146,5 +148,13 @@ def _painted(pattern: np.ndarray, chance: np.ndarray, noise: np.ndarray) -> Tens
     return normalize(mix(per_image(one), per_image(other), opacity) + 0.1 * noise[:, None])
 
 
-def _task(name: str, classes: tuple[str, ...], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Target:
-    return from_tensors(name, classes, train, test, crop=SIZE)
+def _task(
+    name: str, classes: tuple[str, ...], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], size: int = SIZE
+) -> Target:
+    if size != SIZE:
+        canvas = round(CANVAS * size / SIZE)
+        train, test = (
+            (interpolate(images, size=(canvas, canvas), mode="bilinear", antialias=True), labels)
+            for images, labels in (train, test)
+        )
+    return from_tensors(name, classes, train, test, crop=size)

@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from moe_kernels.cli import accuracy
 from moe_kernels.cli.common import THREADS, Device, Precision, SkipBad, Workers, first_rank_first, one_sentence
 from moe_kernels.models import distributed
-from moe_kernels.models.transfer import backbones, protocol, report, tables
+from moe_kernels.models.transfer import backbones, protocol, report, sources, tables
 from moe_kernels.models.transfer import data as targets
 from moe_kernels.models.transfer.configuration import METHODS, PLAIN, FineTuneConfig
 from moe_kernels.models.transfer.regularizers import REGULARIZERS
@@ -22,6 +22,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 T = TypeVar("T")
 PAPER = "paper"
+EMBEDDED = "embedded:"
 DEFAULTS = FineTuneConfig()
 OF_FEATURES = {name for name, kind in REGULARIZERS.items() if kind.uses_features}
 IN_WEIGHT_SPACE = set(REGULARIZERS) - OF_FEATURES
@@ -38,7 +39,11 @@ class Scope(str, Enum):
 @app.command()
 def train(
     root: Annotated[
-        Path, typer.Argument(help="The target: ROOT/train/<class>/<image> and ROOT/test/…, or ROOT/<class>/<image>.")
+        Path,
+        typer.Argument(
+            help="The target: ROOT/train/<class>/<image> and ROOT/test/…, or ROOT/<class>/<image>; or an embedded one, "
+            f"{EMBEDDED}{{{','.join(sources.TARGETS)}}}."
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="A backbone of timm or torchvision; torchvision/NAME says which.")
@@ -136,19 +141,23 @@ def train(
         ]
         backbone = backbones.load(model, source)
         size = crop or backbone.size
-        data = first_rank_first(
-            lambda: targets.load(
-                root,
-                train_per_class=train_per_class,
-                test_per_class=test_per_class,
-                seed=seed,
-                crop=size,
-                resize=resize or round(size * 256 / 224),
-                mean=backbone.mean,
-                std=backbone.std,
-                skip_bad=skip_bad,
+        if str(root).startswith(EMBEDDED):
+            embedded = str(root).removeprefix(EMBEDDED)
+            data = sources.target(embedded, train_per_class or 10, test_per_class or 40, seed, size)
+        else:
+            data = first_rank_first(
+                lambda: targets.load(
+                    root,
+                    train_per_class=train_per_class,
+                    test_per_class=test_per_class,
+                    seed=seed,
+                    crop=size,
+                    resize=resize or round(size * 256 / 224),
+                    mean=backbone.mean,
+                    std=backbone.std,
+                    skip_bad=skip_bad,
+                )
             )
-        )
         name = source_name or (source if source == backbones.HUB else Path(source).stem)
         pair = protocol.Pair(name, lambda: backbone.build(len(data.classes)), data, backbone.description())
         for config in configs:

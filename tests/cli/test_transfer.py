@@ -100,6 +100,18 @@ def test_a_method_with_and_without_dtnh_in_one_table(train, tmp_path):
     assert "momentum: 0.9 there, 0.5 here" in output
 
 
+def test_an_embedded_target_at_the_size_of_the_model(weights, tmp_path):
+    options = ["--source", weights, "--steps", 1, "--batch", 4, "--crop", 40, "--repeats", 1, "--workers", 0]
+    options += ["--train-per-class", 2, "--test-per-class", 1, "--lr", 1e-3, "--device", "cpu", "--out", tmp_path]
+    code, output = call("train", "embedded:sketch", *options)
+    assert code == 0, output
+    run = files.read_json(tmp_path / "results.json")["runs"][0]["run"]
+    assert (run["data"], run["train"], run["test"]) == ("sketch", 20, 10)
+    code, output = call("train", "embedded:photos", *options)
+    assert code == 1
+    assert "name must be one of inverted, sketch, weaves, got 'photos'" in output
+
+
 def test_the_papers_five_columns_and_a_cross_validation(train, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "GRID", (0.1, 1.0))
     code, output = train("--method", "paper", "--cross-validate", "--folds", 2, "--source-name", "Places", "--steps", 1)

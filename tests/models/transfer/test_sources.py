@@ -156,3 +156,12 @@ def test_bad_arguments_are_named():
         sources.target("sketch", 0, 3)
     with pytest.raises(ValueError, match=r"per_class and tested must be at most 8\d together, got 10 and 90"):
         sources.target("inverted", 10, 90)
+
+
+def test_another_size_shows_the_same():
+    own, large = sources.target("sketch", 1, 1), sources.target("sketch", 1, 1, size=64)
+    image, twice = own.plain[3][0], large.plain[3][0]
+    assert twice.shape == (3, 64, 64)
+    assert torch.equal(own.plain.labels, large.plain.labels)
+    shrunk = torch.nn.functional.interpolate(twice[None], scale_factor=0.5, mode="area")[0]
+    assert torch.corrcoef(torch.stack((image.flatten(), shrunk.flatten())))[0, 1] > 0.98
