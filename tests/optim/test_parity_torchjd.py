@@ -16,7 +16,7 @@ import torch
 from moe_kernels.optim import AnchoredSGD, project_gradients_
 
 pytest.importorskip("torchjd")
-pytest.importorskip("quadprog", reason="the projections of TorchJD need torchjd[quadprog_projector]")
+pytest.importorskip("quadprog", reason="the projections of TorchJD need torchjd[quadprog-projector]")
 
 from torchjd import aggregation, autojac
 from torchjd.linalg import QuadprogProjector
