@@ -183,7 +183,7 @@ def demo(
 ) -> None:
     """The tables and figures of DTNH on digits, from a source that helps and from one that does not.
 
-    It takes about a quarter of an hour on two cores and needs no download. If it is interrupted, in whatever way, the
+    It takes about twenty minutes on two cores and needs no download. If it is interrupted, in whatever way, the
     same command goes on where it was and ends with the same numbers.
     """
     from moe_kernels.models.transfer import demo as experiment
