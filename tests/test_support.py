@@ -24,3 +24,22 @@ def test_budget_refuses_nan_shape_and_dtype():
     for wrong in (exact.float() * float("nan"), exact.float()[:1], exact.half()):
         with pytest.raises(AssertionError):
             assert_within_budget(wrong, exact.float(), exact)
+
+
+def test_budget_leaves_a_norm_that_few_rows_carry_to_luck():
+    exact = torch.ones(40, 50, dtype=torch.float64)
+    plain = (exact * (1 + 1e-3)).float()
+    kernel = (exact * (1 + 2e-3)).float()
+    with pytest.raises(AssertionError, match="error"):
+        assert_within_budget(kernel, plain, exact)
+    for tensor in (exact, plain, kernel):
+        tensor[0] *= 1e3
+    assert_within_budget(kernel, plain, exact)
+
+
+def test_the_worst_nudge_counts():
+    exact = torch.ones(20, 20, dtype=torch.float64)
+    kernel = (exact * (1 + 1e-3)).float()
+    with pytest.raises(AssertionError, match="error"):
+        assert_within_budget(kernel, exact.float(), exact, exact)
+    assert_within_budget(kernel, exact.float(), exact, exact * (1 + 1e-3), exact)

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 # The interpreter computes bfloat16 wrongly.
 TESTED = DTYPES if DEVICE == "cuda" else (torch.float32, torch.float16)
+NUDGES = 4
 EXAMPLES = 40 if DEVICE == "cuda" else 10
 SEED = torch.tensor([2**40 + 12345], device=DEVICE)
 NAMES = ("x", "projection", "bias", "embedding", "log_scale")
@@ -82,10 +83,9 @@ def assert_right(tensors, **options):
     """Within the error budget of float64, wherever rounding leaves the choice of experts alone."""
     kernel, plain = on_triton(tensors, **options), on_reference(tensors, **options)
     exact = on_reference({name: tensor.double() for name, tensor in tensors.items()}, **options)
-    moved = on_reference(
-        {n: t.to(DEVICE) for n, t in nudged({n: t.cpu() for n, t in tensors.items()}).items()}, **options
-    )
-    for other in (kernel, plain, moved):
+    moves = [nudged({name: tensor.cpu() for name, tensor in tensors.items()}) for _ in range(NUDGES)]
+    moved = [on_reference({name: tensor.to(DEVICE) for name, tensor in move.items()}, **options) for move in moves]
+    for other in (kernel, plain, *moved):
         if not torch.equal(other["experts"], exact["experts"]):
             differ = other["experts"] != exact["experts"]
             gap = (other["gates"].double() - exact["gates"])[differ].abs().max()
@@ -93,11 +93,11 @@ def assert_right(tensors, **options):
             return
     assert torch.equal(kernel["counts"], exact["counts"])
     together = ("scores", "importance", "load", "scaled_load"), ("z", "entropy")
-    for results in (kernel, plain, exact, moved):
+    for results in (kernel, plain, exact, *moved):
         for names in together:
             results[", ".join(names)] = torch.stack([results.pop(name) for name in names])
     for name in kernel.keys() - {"experts", "counts"}:
-        assert_within_budget(*(results[name] for results in (kernel, plain, exact, moved)), name=name)
+        assert_within_budget(*(results[name] for results in (kernel, plain, exact, *moved)), name=name)
 
 
 @settings(max_examples=EXAMPLES, phases=(Phase.explicit, Phase.generate))
