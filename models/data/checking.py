@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -34,26 +34,32 @@ def decode(file: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def unreadable(files: Sequence[str], root: Path) -> dict[str, str]:
+def unreadable(
+    files: Sequence[str], root: Path, read: Callable[[str], object] | None = None, *, what: str = "images"
+) -> dict[str, str]:
     """Decode ``files`` in threads, under a progress bar; returns those that cannot be, with the reasons.
 
     Files under ``root`` that an earlier call found sound and that have not changed are not decoded again.
+
+    Args:
+        read: decodes one, by default :func:`decode`.
+        what: the files are; names the bar and what is remembered, so every ``read`` has its own.
     """
-    memory = _memory_file(root)
+    memory = _memory_file(root, what)
     sound = _recall(memory)
     marks = [_mark(file) for file in files]
     todo = [file for file, mark in zip(files, marks, strict=True) if mark not in sound]
     bad: dict[str, str] = {}
     if todo:
-        with tqdm(total=len(todo), desc=f"checking images of {root.name}", unit="image", disable=None) as bar:
-            for checked, found in _in_threads(todo):
+        with tqdm(total=len(todo), desc=f"checking {what} of {root.name}", unit="file", disable=None) as bar:
+            for checked, found in _in_threads(todo, read or decode):
                 bad.update(found)
                 bar.update(checked)
-        _remember(memory, {mark for file, mark in zip(files, marks, strict=True) if mark and file not in bad})
+        _remember(memory, sound | {mark for file, mark in zip(files, marks, strict=True) if mark and file not in bad})
     return {file: bad[file] for file in files if file in bad}
 
 
-def _in_threads(files: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _in_threads(files: Sequence[str], read: Callable[[str], object]) -> Iterator[tuple[int, dict[str, str]]]:
     """How many files were decoded and which of them could not be, a chunk at a time."""
     threads = len(os.sched_getaffinity(0))
     chunks = iter([files[first : first + _CHUNK] for first in range(0, len(files), _CHUNK)])
@@ -64,7 +70,7 @@ def _in_threads(files: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
             # Few at a time: millions of waiting futures would fill the memory, and would have to be
             # waited for when the user interrupts.
             while len(running) < 2 * threads and (chunk := next(chunks, None)) is not None:
-                running.add(pool.submit(_decode_all, chunk))
+                running.add(pool.submit(_decode_all, chunk, read))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -74,11 +80,11 @@ def _in_threads(files: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode_all(files: Sequence[str]) -> tuple[int, dict[str, str]]:
+def _decode_all(files: Sequence[str], read: Callable[[str], object]) -> tuple[int, dict[str, str]]:
     bad = {}
     for file in files:
         try:
-            decode(file)
+            read(file)
         except Exception as error:  # PIL's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
             bad[file] = reason(error)
     return len(files), bad
@@ -103,9 +109,9 @@ def _mark(file: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(facts), digest_size=8).digest(), "little")
 
 
-def _memory_file(root: Path) -> Path:
+def _memory_file(root: Path, what: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    name = hashlib.blake2b(os.fsencode(os.path.abspath(root)), digest_size=8).hexdigest()
+    name = hashlib.blake2b(os.fsencode(f"{os.path.abspath(root)}\0{what}"), digest_size=8).hexdigest()
     return cache / "moe-kernels" / f"images-{name}.npy"
 
 

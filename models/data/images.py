@@ -54,12 +54,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def refuse_or_leave_out(bad: Mapping[str, str], total: int, root: Path, *, skip_bad: bool) -> None:
+def refuse_or_leave_out(
+    bad: Mapping[str, str], total: int, root: Path, *, skip_bad: bool, what: str = "images"
+) -> None:
     """Say which files (with reasons) of ``total`` cannot be read: a ``ValueError``, or with ``skip_bad`` a warning."""
     if not bad:
         return
     lines = "".join(f"\n  {file}: {why}" for file, why in bad.items())
-    text = f"{len(bad)} of {total} images under {root} cannot be read"
+    text = f"{len(bad)} of {total} {what} under {root} cannot be read"
     if not skip_bad:
         raise ValueError(f"{text}; replace them, or leave them out with skip_bad=True (--skip-bad):{lines}")
     warnings.warn(f"{text} and are left out:{lines}", stacklevel=3)

@@ -90,6 +90,17 @@ def load(count: int = 4000, seed: int = 0) -> tuple[Tensor, Tensor]:
     return normalize(images), torch.from_numpy(labels)
 
 
+def distances(labels: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """The distance in pixels to the nearest stroke of letters ``labels`` (N,): float32 (N, SIZE, SIZE).
+
+    ``chance`` (N, 7), uniform in [0, 1), bends each letter.
+    """
+    found = np.empty((len(labels), SIZE, SIZE), np.float32)
+    for letter, _, chosen in _groups(labels, np.zeros_like(labels)):
+        found[chosen] = _distance(letter, chance[chosen], dotted=False)
+    return found
+
+
 def _groups(labels: np.ndarray, style: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
     """The images of each letter and style, at most ``_CHUNK`` at a time: they share their strokes."""
     for label, letter in enumerate(CLASSES):

@@ -85,6 +85,28 @@ def test_a_file_of_the_same_size_is_told_by_its_time(tmp_path, decoded):
     assert decoded == [file]
 
 
+def test_parts_of_a_root_do_not_make_one_another_forgotten(tmp_path, decoded):
+    files = [write(tmp_path / f"{i}.png", i) for i in range(4)]
+    checking.unreadable(files[:2], tmp_path)
+    checking.unreadable(files[2:], tmp_path)
+    decoded.clear()
+    assert checking.unreadable(files, tmp_path) == {}
+    assert decoded == []
+
+
+def test_another_way_of_reading_has_a_memory_of_its_own(tmp_path, decoded):
+    file = write(tmp_path / "a.png")
+    checking.unreadable([file], tmp_path)
+
+    def refuse(file):
+        raise ValueError("not a mask")
+
+    for _ in range(2):
+        assert checking.unreadable([file], tmp_path, refuse, what="masks") == {file: "not a mask"}
+    assert checking.unreadable([file], tmp_path) == {}
+    assert decoded == [file]
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_memory_costs_only_a_check(tmp_path, cache, decoded, content):
     file = write(tmp_path / "a.png")
@@ -105,13 +127,13 @@ def test_an_interrupt_does_not_wait_for_all_files(monkeypatch):
     """Ctrl-C arrives in the main thread while workers decode; the files not yet begun are dropped."""
     begun = []
 
-    def slow(files):
+    def slow(files, read):
         begun.append(threading.current_thread().name)
         time.sleep(0.01)
         return len(files), {}
 
     monkeypatch.setattr(checking, "_decode_all", slow)
-    checks = checking._in_threads([str(i) for i in range(64 * 1000)])
+    checks = checking._in_threads([str(i) for i in range(64 * 1000)], checking.decode)
     next(checks)
     with pytest.raises(KeyboardInterrupt):
         checks.throw(KeyboardInterrupt)
