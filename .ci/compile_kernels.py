@@ -12,6 +12,7 @@ that a multiprocessor does not have, tensor cores that are no longer used, and a
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import multiprocessing
@@ -37,7 +38,7 @@ from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
 from moe_kernels.ops.expert_ffn import ACTIVATIONS
-from moe_kernels.triton import dispatch, expert_ffn, expert_ffn_backward, routing, routing_backward
+from moe_kernels.triton import dispatch, expert_ffn, expert_ffn_backward, hypercolumn, routing, routing_backward
 
 FACTS = Path(__file__).with_name("compiled_kernels.json")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -73,6 +74,23 @@ CASES = (
     Case("many experts", 4096, 768, 3072, 256, 256, 2, FLOAT32, ("routing",)),
     Case("odd", 1000, 50, 70, 30, 5, 2, ALL),
     Case("ones", 1, 1, 1, 1, 1, 1, BFLOAT16, activations=ACTIVATIONS),  # Triton makes constants of integers that are 1
+)
+
+
+class PyramidCase(NamedTuple):
+    """Maps (C_l, H_l, W_l) of an image, the grid of their hypercolumns, and the outputs of a linear layer."""
+
+    name: str
+    maps: tuple[tuple[int, int, int], ...]
+    grid: tuple[int, int]
+    outputs: int
+    dtypes: tuple[torch.dtype, ...]
+
+
+PYRAMIDS = (
+    PyramidCase("VGG-16", ((896, 64, 84), (1280, 32, 42), (1536, 16, 21), (512, 8, 10)), (64, 84), 512, ALL),
+    # More maps than one launch takes, in numbers that no vector divides.
+    PyramidCase("odd", ((5, 6, 7), (5, 6, 3), (5, 4, 5), (1, 2, 7), (1, 1, 1)), (6, 7), 3, FLOAT32),
 )
 
 
@@ -166,17 +184,42 @@ def run_operators(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], Any]
     return {operator: runs[operator] for operator in case.operators}
 
 
+def run_hypercolumn(case: PyramidCase, dtype: torch.dtype) -> None:
+    """Every operator on meta tensors of two images and their points."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def maps(channels: int | None = None) -> list[Tensor]:
+        return [empty(2, h, w, channels or c).permute(0, 3, 1, 2) for c, h, w in case.maps]
+
+    points, grid = empty(2, 60, dtype=torch.int64), case.grid
+    columns = hypercolumn.hypercolumn_gather(maps(), points, grid)
+    hypercolumn.hypercolumn_gather_backward(columns, points, [size for m in case.maps for size in m], grid)
+    y = hypercolumn.hypercolumn_resize_sum(maps(case.outputs), grid, empty(case.outputs))
+    hypercolumn.hypercolumn_resize_sum_backward(y, [size for m in case.maps for size in m[1:]])
+    hypercolumn.hypercolumn_norm(maps(), grid)
+
+
 def record_all() -> dict[str, list[Launch]]:
     """Operator, case, dtype and architecture, in words → what it launches."""
     found = {}
     for arch in SHARED:
-        for case in CASES:
-            for dtype in case.dtypes:
-                for operator, run in run_operators(case, dtype).items():
-                    with recorded(arch) as launches:
-                        run()
-                    words = str(dtype).removeprefix("torch.")
-                    found[f"{operator}: {case.name}, {words}, sm_{arch}"] = launches
+        runs: list[tuple[str, torch.dtype, Callable[[], Any]]] = [
+            (f"{operator}: {case.name}", dtype, run)
+            for case in CASES
+            for dtype in case.dtypes
+            for operator, run in run_operators(case, dtype).items()
+        ]
+        runs += [
+            (f"hypercolumn: {pyramid.name}", dtype, functools.partial(run_hypercolumn, pyramid, dtype))
+            for pyramid in PYRAMIDS
+            for dtype in pyramid.dtypes
+        ]
+        for words, dtype, run in runs:
+            with recorded(arch) as launches:
+                run()
+            found[f"{words}, {str(dtype).removeprefix('torch.')}, sm_{arch}"] = launches
     return found
 
 

@@ -50,6 +50,8 @@ def _limit(case: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> fl
 def _label(workload: Mapping[str, Any]) -> str:
     if "model" in workload:
         return f"{workload['model']}\n{workload['dtype']}"
+    if "network" in workload:
+        return f"{workload['network']}\n{workload['layout']}\n{workload['dtype']}"
     return (
         f"T={workload['tokens']} k={workload['top_k']}\n{workload['routing']}\n"
         f"d={workload['dim']} h={workload['hidden_dim']}\nE={workload['num_experts']} {workload['dtype']}"

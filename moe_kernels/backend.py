@@ -28,6 +28,8 @@ OPERATORS = {
     "dispatch": ("cpp", "triton", "reference"),
     "expert_ffn": ("cpp", "triton", "reference"),
     "grad_projection": ("cpp", "cuda", "reference"),
+    "hypercolumn": ("cpp", "triton", "reference"),
+    "diverse_sampling": ("cpp", "cuda", "reference"),
 }
 """Operator → the backends that have a kernel for it, best first."""
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -170,6 +172,8 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype | None = None, op
             return "the Triton kernels run on float32, bfloat16 and float16 tensors, got torch.float64"
         return _triton_problem(device_type)
     if backend == "cuda":
+        if operator == "diverse_sampling" and dtype == torch.float64:
+            return "the CUDA kernel runs on float32, bfloat16 and float16 tensors, got torch.float64"
         return _cuda_problem(device_type)
     if device_type != "cpu":
         return f"the C++ kernels run on cpu tensors, got {device_type}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moe_kernels.ops.expert_ffn
+import moe_kernels.ops.hypercolumn
 import moe_kernels.ops.routing  # noqa: F401
 from moe_kernels import backend, triton
 from moe_kernels.ops.dispatch import dispatch, gather
@@ -57,15 +58,17 @@ def test_triton_is_chosen_on_a_gpu(gpu):
     for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
         assert backend.choose("routing", "cuda", dtype) == "triton"
     chosen = {row.operator: row.backend for row in backend.report() if row.device == "cuda"}
-    assert {chosen.pop(operator) for operator in ("routing", "dispatch", "expert_ffn")} == {"triton"}
-    assert chosen.keys() == {"grad_projection"}
+    assert {chosen.pop(operator) for operator in ("routing", "dispatch", "expert_ffn", "hypercolumn")} == {"triton"}
+    assert chosen.keys() == {"grad_projection", "diverse_sampling"}
 
 
 def test_cuda_is_chosen_on_a_gpu_it_was_built_for(gpu, cuda_extension):
     gpu(9, 0)
     cuda_extension("8.0;9.0+PTX")
-    for dtype in (None, torch.float64, torch.bfloat16):
-        assert backend.choose("grad_projection", "cuda", dtype) == "cuda"
+    for operator in ("grad_projection", "diverse_sampling"):
+        for dtype in (None, torch.float32, torch.bfloat16):
+            assert backend.choose(operator, "cuda", dtype) == "cuda"
+    assert backend.choose("grad_projection", "cuda", torch.float64) == "cuda"
     gpu(7, 5)
     assert backend.choose("grad_projection", "cuda") == "reference"
     problem = r"the CUDA kernels were built for 8\.0;9\.0\+PTX, this device is of 7\.5"
@@ -118,14 +121,16 @@ def test_backend_without_a_kernel_for_the_operator_is_said():
             backend.choose(operator, "cuda")
 
 
-def test_float64_on_a_gpu_is_the_references(gpu):
+@pytest.mark.parametrize(("name", "operator"), [("triton", "routing"), ("cuda", "diverse_sampling")])
+def test_float64_on_a_gpu_is_the_references(gpu, cuda_extension, name, operator):
     gpu(9, 0)
-    assert backend.choose("routing", "cuda", torch.float64) == "reference"
+    cuda_extension("9.0")
+    assert backend.choose(operator, "cuda", torch.float64) == "reference"
     with (
-        backend.force("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' was forced .*float16 .*got torch\.float64"),
+        backend.force(name),
+        pytest.raises(RuntimeError, match=rf"'{name}' was forced .*float16 .*got torch\.float64"),
     ):
-        backend.choose("routing", "cuda", torch.float64)
+        backend.choose(operator, "cuda", torch.float64)
 
 
 def test_old_gpu_is_the_references_and_said(gpu):
@@ -240,7 +245,9 @@ def test_every_operator_is_registered_for_a_gpu():
 
 @pytest.mark.skipif(bool(backend.cuda_extension_problem), reason=backend.cuda_extension_problem or "loaded")
 def test_cuda_extension_registers_its_operators():
+    import moe_kernels.ops.diverse_sampling
     import moe_kernels.ops.grad_projection  # noqa: F401
 
-    for operator in ("grad_projection", "grad_projection_moments", "grad_projection_sgd", "grad_projection_adamw"):
+    steps = ("grad_projection", "grad_projection_moments", "grad_projection_sgd", "grad_projection_adamw")
+    for operator in (*steps, "diverse_sampling", "farthest_points"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{operator}", "CUDA")

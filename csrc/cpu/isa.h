@@ -1,6 +1,10 @@
 // The instruction sets that the micro-kernels are written for, and the one that is used.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace moe_kernels {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };

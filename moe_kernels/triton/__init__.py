@@ -25,6 +25,11 @@ MODULES = {
     "combine_backward": "dispatch",
     "expert_ffn": "expert_ffn",
     "expert_ffn_backward": "expert_ffn_backward",
+    "hypercolumn_gather": "hypercolumn",
+    "hypercolumn_gather_backward": "hypercolumn",
+    "hypercolumn_resize_sum": "hypercolumn",
+    "hypercolumn_resize_sum_backward": "hypercolumn",
+    "hypercolumn_norm": "hypercolumn",
 }
 """Operator → the module here that has the function of its name."""
 
@@ -42,7 +47,8 @@ def register(dispatch_key: str) -> torch.library.Library:
 
         def run(*arguments: Any, operator: str = operator, module: str = module) -> Any:
             function = getattr(importlib.import_module(f"{__name__}.{module}"), operator)
-            with torch.cuda.device_of(arguments[0]):  # a launch goes to the current device
+            first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+            with torch.cuda.device_of(first):  # a launch goes to the current device
                 return function(*arguments)
 
         library.impl(operator, run, dispatch_key, allow_override=True)

@@ -12,6 +12,7 @@ from moe_kernels import backend
 from moe_kernels.ops.dispatch import dispatch
 from moe_kernels.ops.expert_ffn import expert_ffn
 from moe_kernels.ops.grad_projection import adamw_, new_record, project_gradients_, sgd_
+from moe_kernels.ops.hypercolumn import gather, linear, norm, pyramid
 from moe_kernels.ops.routing import route
 
 pytestmark = pytest.mark.skipif(bool(backend.refusal("cpp", "cpu")), reason="the C++ kernels were not built")
@@ -123,6 +124,26 @@ def test_grad_projection_within_budget(kind, dtype):
             betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
             adamw_(w, g, anchor, m, v, [torch.ones(())] * len(sizes), anchored=True, lr=0.1, **betas, **options)
         return dict(zip(map(str, sizes), w, strict=True))
+
+    assert_kernel_within_budget(run, tensors)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_hypercolumn_within_budget(dtype):
+    """Maps larger than the grid and smaller, channels and pixels with tails of every width."""
+    sizes, grid = [(5, 40, 21), (70, 20, 21), (133, 7, 9), (64, 1, 1)], (20, 21)
+    tensors = {f"map{i}": torch.randn(2, *size).to(dtype) for i, size in enumerate(sizes)}
+    tensors |= {"weight": torch.randn(37, 272).to(dtype), "bias": torch.randn(37).to(dtype)}
+    points, of_columns, of_y = torch.randint(-1, 420, (2, 30)), torch.randn(2, 30, 272), torch.randn(2, 37, *grid)
+
+    def run(name, tensors):
+        leaves = {n: tensor.clone().requires_grad_() for n, tensor in tensors.items()}
+        with backend.force(name):
+            of = pyramid([leaves[f"map{i}"] for i in range(len(sizes))], grid)
+            columns, y, norms = gather(of, points), linear(of, leaves["weight"], leaves["bias"]), norm(of)
+            grads = torch.autograd.grad((columns, y), list(leaves.values()), (of_columns.to(y), of_y.to(y)))
+        return dict(zip(("columns", "y", "norms", *leaves), (columns, y, norms, *grads), strict=True))
 
     assert_kernel_within_budget(run, tensors)
 
