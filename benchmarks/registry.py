@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from moe_kernels.benchmarks import dispatch, expert_ffn, grad_projection, moe_layer, routing
+from moe_kernels.benchmarks import (
+    dispatch,
+    diverse_sampling,
+    expert_ffn,
+    grad_projection,
+    hypercolumn,
+    moe_layer,
+    routing,
+)
 from moe_kernels.benchmarks.harness import Benchmark, Case
 from moe_kernels.benchmarks.workloads import Workload
 
@@ -17,6 +25,8 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
     "expert_ffn": expert_ffn.BENCHMARK,
     "moe_layer": moe_layer.BENCHMARK,
     "grad_projection": grad_projection.BENCHMARK,
+    "hypercolumn": hypercolumn.BENCHMARK,
+    "diverse_sampling": diverse_sampling.BENCHMARK,
 }
 
 

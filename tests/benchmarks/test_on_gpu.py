@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_kernels.benchmarks import registry, stopwatches
 
@@ -22,7 +23,7 @@ def test_every_operator_is_measured_on_every_suite_by_every_stopwatch():
     assert set(parts[4:]) == {
         f"bench-{operator}-{suite}-{stopwatch}"
         for operator, benchmark in registry.BENCHMARKS.items()
-        for suite in benchmark.suites["cuda"]
+        for suite in benchmark.suites_on(torch.device("cuda"))
         for stopwatch in stopwatches.STOPWATCHES
     }
 

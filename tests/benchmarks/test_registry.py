@@ -12,6 +12,7 @@ from moe_kernels.benchmarks import (
     expert_ffn,
     grad_projection,
     harness,
+    hypercolumn,
     inductor,
     registry,
     routing,
@@ -39,6 +40,7 @@ CANDIDATES = {
     "expert_ffn": [OURS, *LOOPS, *LIBRARIES, "bare products"],
     "moe_layer": [OURS, *LOOPS, *LIBRARIES, "bare products"],
     "grad_projection": [OURS, "foreach", "foreach, fused step", "eager loop", "compiled foreach"],
+    "hypercolumn": [OURS, "plain PyTorch", "compiled plain"],
 }
 EXCUSES = {
     "compiled grouped_mm": "torch.compile takes grouped_mm in bfloat16 only",
@@ -194,4 +196,5 @@ def test_memory_is_told_of_forward_and_backward_of_the_balanced_experts_and_of_o
     assert weighed == {
         *((operator, "balanced", BOTH) for operator in ("expert_ffn", "moe_layer")),
         ("grad_projection", None, grad_projection.SGD),
+        ("hypercolumn", None, hypercolumn.LINEAR),
     }

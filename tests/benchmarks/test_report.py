@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moe_kernels.benchmarks import parameter_lists, picture, report
+from moe_kernels.benchmarks import parameter_lists, picture, pyramids, report
 from moe_kernels.benchmarks.candidates import OURS
 from moe_kernels.benchmarks.harness import Result, Row
 from moe_kernels.benchmarks.limits import Rates, Work
@@ -219,6 +219,14 @@ def test_picture_of_parameter_lists(tmp_path):
     lists = [dataclasses.replace(FAST, workload=parameter_lists.ParameterList(name)) for name in ("few", "many")]
     document = json.loads(json.dumps(report.document("toy", lists, ENVIRONMENT)))
     assert document["cases"][0]["workload"] == {"model": "few", "dtype": "float32"}
+    assert picture.draw(document, tmp_path / "toy.png")
+
+
+def test_picture_of_feature_maps(tmp_path):
+    pytest.importorskip("matplotlib")
+    few = dataclasses.replace(FAST, workload=pyramids.FeatureMaps("few"))
+    document = json.loads(json.dumps(report.document("toy", [few], ENVIRONMENT)))
+    assert document["cases"][0]["workload"]["layout"] == "pyramid"
     assert picture.draw(document, tmp_path / "toy.png")
 
 

@@ -91,13 +91,18 @@ def test_bad_input_names_what_is_valid(tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
+ON_TOKENS = {"routing", "dispatch", "expert_ffn", "moe_layer"}
+ON_MAPS = set(registry.BENCHMARKS) - ON_TOKENS - {"grad_projection"}
+
+
 @pytest.mark.parametrize(
     ("suites", "operators"),
     [
         ([], set(registry.BENCHMARKS)),
-        (["image"], set(registry.BENCHMARKS) - {"grad_projection"}),
+        (["image"], ON_TOKENS),
         (["many"], {"grad_projection"}),
-        (["image", "many"], set(registry.BENCHMARKS)),
+        (["image", "many"], {*ON_TOKENS, "grad_projection"}),
+        (["vgg16"], ON_MAPS),
     ],
 )
 def test_suites_are_of_the_operators_that_have_them(suites, operators):
@@ -115,6 +120,7 @@ def test_a_gpu_has_dtypes_and_suites_of_its_own():
     assert {operator: workloads[0].dtype for operator, workloads in usual.items()} == {
         **dict.fromkeys(registry.BENCHMARKS, "bfloat16"),
         "grad_projection": "float32",
+        **dict.fromkeys(ON_MAPS, "float16"),
     }
     assert bench._chosen(gpu, [], ["vit_base"], "float16", False)["grad_projection"][0].dtype == "float16"
 
