@@ -19,9 +19,13 @@ PART_SECONDS=${PART_SECONDS:-570}
 ROUNDS=${ROUNDS:-15}
 
 parts=(environment build tests sanitizer)
-for operator in routing dispatch expert_ffn moe_layer grad_projection; do
-  suites=(batch image large)
-  [[ $operator != grad_projection ]] || suites=(resnet18 vit_small vit_base many)
+for operator in routing dispatch expert_ffn moe_layer grad_projection hypercolumn diverse_sampling; do
+  case $operator in
+    grad_projection) suites=(resnet18 vit_small vit_base many) ;;
+    hypercolumn) suites=(vgg16 vit_base) ;;
+    diverse_sampling) suites=(pyramid columns) ;;
+    *) suites=(batch image large) ;;
+  esac
   for suite in "${suites[@]}"; do
     parts+=("bench-$operator-$suite-wall" "bench-$operator-$suite-graph")
   done
@@ -64,7 +68,7 @@ build() {
 }
 
 tests() {
-  bounded "$PYTHON" -m pytest tests/ops tests/triton tests/cuda tests/optim -q --junitxml="$out/tests.xml"
+  bounded "$PYTHON" -m pytest tests/ops tests/triton tests/cuda tests/optim tests/models/segmentation/test_{classifier,replay}.py -q --junitxml="$out/tests.xml"
 }
 
 # Odd sizes, several dtypes, forward and backward of all operators at once; without torch's cache of memory, so that an
@@ -80,7 +84,8 @@ sanitizer() {
 import torch
 from moe_kernels import backend
 from moe_kernels.nn import MoE
-from moe_kernels.ops import grad_projection
+from moe_kernels.ops import grad_projection, hypercolumn
+from moe_kernels.ops.diverse_sampling import diverse_sampling, farthest_points
 
 for dtype in (torch.float32, torch.bfloat16):
     for top_k in (1, 2):
@@ -104,6 +109,22 @@ for dtype in (torch.float32, torch.bfloat16):
         grad_projection.adamw_(params, grads, anchors, first, second, steps, **adam, **settings)
     torch.cuda.synchronize()
     print(dtype, "grad_projection done")
+    sizes = ((13, 7, 9), (40, 7, 9), (300, 3, 4), (5, 1, 2))
+    maps = [torch.rand(3, *size, device="cuda", dtype=dtype, requires_grad=True) for size in sizes]
+    pyramid = hypercolumn.pyramid(maps, (7, 9))
+    points = torch.randint(-1, 63, (3, 11), device="cuda")
+    weight = torch.rand(6, 358, device="cuda", dtype=dtype, requires_grad=True)
+    columns = hypercolumn.gather(pyramid, points)
+    (columns.float().square().sum() + hypercolumn.linear(pyramid, weight).float().square().sum()).backward()
+    hypercolumn.inner(pyramid, columns)
+    hypercolumn.norm(pyramid)
+    with backend.force("cuda"):
+        for penalty in ("sum", "max"):
+            diverse_sampling(torch.rand(3, 5, 63, device="cuda"), pyramid, 6, penalty=penalty)
+        for metric in ("cosine", "euclidean"):
+            farthest_points(pyramid, 70, start=3, metric=metric)
+    torch.cuda.synchronize()
+    print(dtype, "hypercolumn and diverse_sampling done")
 PY
   local check status=0
   for check in memcheck racecheck; do

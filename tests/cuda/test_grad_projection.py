@@ -3,27 +3,20 @@ which launches there are, on the CPU, where every block and thread of ``csrc/cud
 """
 
 import ctypes
-import os
 import random
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from itertools import compress
-from pathlib import Path
 
 import pytest
 import torch
 from support import assert_within_budget
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
 
 from moe_kernels import backend
 from moe_kernels.ops import grad_projection as ops
 from moe_kernels.ops.grad_projection import RULES
 from moe_kernels.reference import grad_projection as reference
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 UPDATES = ("moments", "grad_projection", "sgd", "adamw")
 ROLES = 6
@@ -31,17 +24,8 @@ MIXED = (1, 2048, 5, 0, 4100, 3, 1023)
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
-    """The CPU's turn at the kernels; a vector at an address that it must not have ends the process."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"there is no C++ compiler ({compiler[0]})")
-    library = tmp_path_factory.mktemp("cuda") / "emulator.so"
-    flags = "-std=c++17 -O1 -shared -fPIC -Wno-unknown-pragmas -fsanitize=undefined -fsanitize-undefined-trap-on-error"
-    headers = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    source = ROOT / "tests/cuda/emulator.cpp"
-    subprocess.run([*compiler, *flags.split(), *headers, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def emulator(emulation):
+    loaded = emulation("grad_projection")
     for name in ("emulate", "tensors_of_a_launch", "elements_of_a_block", "segments_of_a_launch", "piece_of"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
