@@ -20,9 +20,9 @@ def run(page, name):
         exec(compile("\n" * line + block, name, "exec"), session)
 
 
-@pytest.mark.parametrize("name", ["docs/transfer.md"])
-def test_examples_run(name):
-    pytest.importorskip("torchjd")
+@pytest.mark.parametrize(("name", "module"), [("docs/transfer.md", "torchjd"), ("docs/segmentation.md", "torchvision")])
+def test_examples_run(name, module):
+    pytest.importorskip(module)
     page = (ROOT / name).read_text()
     assert len(blocks(page)) == page.count("```python")
     run(page, name)

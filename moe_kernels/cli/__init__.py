@@ -17,9 +17,10 @@ COMMANDS = {
     "bench": "Measure the operators beside their peers.",
     "gmoe": "Train and evaluate GMoE on folders of images.",
     "transfer": "Fine-tune pretrained networks near their source, with DTNH so that it never hurts.",
+    "segment": "Learn to segment images from their tags alone, and add classes on the fly.",
 }
 # What the extra [models] brings, by import name.
-EXTRA_MODULES = {"PIL", "matplotlib", "safetensors", "sklearn", "timm", "torchvision", "tqdm"}
+EXTRA_MODULES = {"PIL", "matplotlib", "safetensors", "sklearn", "timm", "torchmetrics", "torchvision", "tqdm"}
 
 app = typer.Typer(
     name="moe-kernels",

@@ -14,8 +14,9 @@ _INDICES = ("P", "L", "1", *_SIXTEEN_BITS)
 
 
 def read_rgb(file: str | os.PathLike[str]) -> Image.Image:
-    """The picture of an image file, :func:`in_rgb`. A note of the camera on how to turn it (EXIF) is not followed: masks
-    are of the pixels as stored.
+    """The picture of an image file, :func:`in_rgb`.
+
+    A note of the camera on how to turn it (EXIF) is not followed: masks are of the pixels as stored.
 
     Raises:
         Exception: of many kinds, as Pillow's decoders raise it, when the file is missing, truncated or no image.
