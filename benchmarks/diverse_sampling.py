@@ -246,4 +246,4 @@ SUITES = {
 }
 """Kind of device → name of the suite → its workloads."""
 QUICK = (Image("few", PYRAMID, samples=4), Image("few", COLUMNS, samples=4))
-BENCHMARK = Benchmark(_build, SUITES, QUICK, directions=DIRECTIONS, weigh=SUM, gpu_dtype="float16")
+BENCHMARK = Benchmark(_build, SUITES, QUICK, directions=DIRECTIONS, gpu_dtype="float16")

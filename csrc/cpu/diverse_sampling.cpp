@@ -215,13 +215,13 @@ struct Rule {
   Metric metric;
 };
 
-// One sequence of picks: of a class, of the background, or of farthest points.
 template <class A>
 inline constexpr A infinity = std::numeric_limits<A>::infinity();
 
 constexpr int32_t kClosed = std::numeric_limits<int32_t>::max();
 constexpr int64_t kFirst = 32;  // locations that are looked at first, at the least
 
+// One sequence of picks: of a class, of the background, or of farthest points.
 template <class A>
 struct Chain {
   const A* scores;                  // null: 0
@@ -253,8 +253,9 @@ struct Chain {
     }
   }
 
-  // Makes the locations active that may be better than what was found in this step. Before anything was, and where they
-  // are many, those of the highest bounds; the first time those that would have been enough in the step before.
+  // Makes active what may be better than what was found in this step: before anything was, the most promising locations
+  // (how far the best fell below its bound in the step before tells how many those are), and then never many more than
+  // were looked at already.
   void activate(bool lazy) {
     if (!lazy) return collect(-infinity<A>);
     if (looked == 0) {

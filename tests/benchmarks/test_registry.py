@@ -9,6 +9,7 @@ import torch
 
 from moe_kernels import backend
 from moe_kernels.benchmarks import (
+    diverse_sampling,
     expert_ffn,
     grad_projection,
     harness,
@@ -41,7 +42,9 @@ CANDIDATES = {
     "moe_layer": [OURS, *LOOPS, *LIBRARIES, "bare products"],
     "grad_projection": [OURS, "foreach", "foreach, fused step", "eager loop", "compiled foreach"],
     "hypercolumn": [OURS, "plain PyTorch", "compiled plain"],
+    "diverse_sampling": [OURS, "plain PyTorch"],
 }
+FARTHEST = ["fpsample", "torch_quickfps", "torch_cluster"]
 EXCUSES = {
     "compiled grouped_mm": "torch.compile takes grouped_mm in bfloat16 only",
     "transformers deepgemm": "",
@@ -80,9 +83,12 @@ def test_every_case_runs_and_everyone_is_accurate_or_says_why_not(operator, dtyp
         expected = [name for name in CANDIDATES[operator] if result.direction != "plan" or name != "bare copies"]
         if operator == "grad_projection":
             expected.append(f"torch {result.direction.partition(',')[0]}, fused")
+        if operator == "diverse_sampling":
+            expected += ["plain PyTorch, builds the columns"] * (case.workload.layout == diverse_sampling.PYRAMID)
+            expected += FARTHEST if result.direction == diverse_sampling.FARTHEST else []
         assert [row.candidate for row in result.rows] == expected
         for row in result.rows:
-            if row.candidate in LIBRARIES and row.note.startswith("not installed: "):
+            if row.candidate in (*LIBRARIES, *FARTHEST) and row.note.startswith("not installed: "):
                 continue
             if row.candidate in EXCUSES and row.note:
                 assert row.note.startswith("does not run here: ")
@@ -104,7 +110,7 @@ def test_every_gradient_is_compared_and_is_not_trivial(operator, uncompiled):
     for case in registry.cases(operator, registry.BENCHMARKS[operator].quick, CPU):
         right = case.exact()
         for name, run in case.candidates.items():
-            if name != case.bare and name not in (*LIBRARIES, *EXCUSES):
+            if name != case.bare and name not in (*LIBRARIES, *FARTHEST, *EXCUSES):
                 gradients = [f"gradient of {leaf}" for leaf in GRADIENTS[operator]] if case.direction == BOTH else []
                 found = run()
                 assert [key for key in found if key.startswith("gradient")] == gradients

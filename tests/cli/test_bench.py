@@ -102,7 +102,8 @@ ON_MAPS = set(registry.BENCHMARKS) - ON_TOKENS - {"grad_projection"}
         (["image"], ON_TOKENS),
         (["many"], {"grad_projection"}),
         (["image", "many"], {*ON_TOKENS, "grad_projection"}),
-        (["vgg16"], ON_MAPS),
+        (["vgg16"], {"hypercolumn"}),
+        (["pyramid"], {"diverse_sampling"}),
     ],
 )
 def test_suites_are_of_the_operators_that_have_them(suites, operators):
