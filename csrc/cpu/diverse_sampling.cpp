@@ -97,7 +97,8 @@ class Image {
       along_x_.push_back(taps<A>(level.width, pyramid.grid.width));
       all_.cut(sizes_.size() - 1, 0, level.pixels(), kPixels, level.channels);
     }
-    for (int64_t i = 0; norms && i < locations(); ++i) inverse_[i] = norms[i] == A(0) ? A(0) : A(1) / norms[i];
+    constexpr A smallest = std::numeric_limits<A>::min();  // below it the inverse is infinite
+    for (int64_t i = 0; norms && i < locations(); ++i) inverse_[i] = norms[i] < smallest ? A(0) : A(1) / norms[i];
   }
 
   int64_t locations() const { return pyramid_.grid.locations(); }
@@ -297,8 +298,9 @@ class Sampler {
   using A = accumulate_t<T>;
   using Chains = std::vector<Chain<A>>;
 
-  // norms: of the locations; only a Euclidean metric asks for them. unit: whether no column is longer than 1.
-  Sampler(const Image<T>& image, Rule rule, const A* norms, bool unit) : image_(image), rule_(rule), norms_(norms) {
+  // squares: of the locations' norms; only a Euclidean metric asks for them. unit: whether no column is longer than 1.
+  Sampler(const Image<T>& image, Rule rule, const A* squares, bool unit)
+      : image_(image), rule_(rule), squares_(squares) {
     const int traits = image.traits();
     const bool cosine = rule.metric == Metric::kCosine;
     lazy_ = !(traits & kUnusual) && (rule.penalty == Penalty::kMax || !(traits & kNegative));
@@ -330,6 +332,7 @@ class Sampler {
     std::vector<A> column(image_.channels());
     image_.gather(location, column.data());
     penalize(chain, column, 1);
+    if (rule_.metric == Metric::kEuclidean) chain.squares.push_back(squares_[location]);
   }
 
   // All picks of some chains penalize another, which has none yet.
@@ -364,11 +367,6 @@ class Sampler {
     } else {
       for (int64_t d = 0; d < depth; ++d) chain.columns[d] += columns[d];
     }
-    if (rule_.metric == Metric::kCosine) return;
-    const A* column = chain.columns.data() + chain.columns.size() - depth;
-    A square, *to = &square;
-    MOE_BY_ISA(products, &column, 1, column, depth, 1, depth, &to);
-    chain.squares.push_back(square);
   }
 
  private:
@@ -439,12 +437,12 @@ class Sampler {
   // How close location i is to the column of a pick, of their product.
   A closeness_of(const Chain<A>& chain, int64_t i, int64_t pick, A product) const {
     if (rule_.metric == Metric::kCosine) return product;
-    return closeness(product, norms_[i] * norms_[i], chain.squares[pick]);
+    return closeness(product, squares_[i], chain.squares[pick]);
   }
 
   const Image<T>& image_;
   const Rule rule_;
-  const A* const norms_;
+  const A* const squares_;
   Step step_;
   bool lazy_;  // whether a penalty never falls
   A least_;    // that a similarity can be
@@ -471,6 +469,7 @@ std::tuple<Tensor, Tensor> diverse_sampling(Tensor scores_in, std::optional<Tens
                         scores_in.size(2) == n,
                     "scores: expected a tensor (", batch, ", C, ", n, ") of the dtype of the arithmetic");
     STD_TORCH_CHECK(samples >= 0 && 0 <= penalty && penalty < 2, "num_samples or penalty: out of range");
+    STD_TORCH_CHECK(pyramid.channels >= 1, "maps: expected at least one channel, got none");
     const Tensor scores = dense(scores_in);
     const int64_t classes = scores.size(1), others = background ? samples : 0;
     std::optional<Tensor> present;
@@ -522,6 +521,7 @@ Tensor farthest_points(std::vector<Tensor> maps, std::vector<int64_t> grid, int6
     STD_TORCH_CHECK(start_in.scalar_type() == ScalarType::Long && start_in.numel() == batch,
                     "start: expected an int64 tensor (", batch, ",)");
     STD_TORCH_CHECK(points >= 0 && 0 <= metric && metric < 2, "num_points or metric: out of range");
+    STD_TORCH_CHECK(pyramid.channels >= 1, "maps: expected at least one channel, got none");
     const Tensor start = dense(start_in);
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t location = data<int64_t>(start)[b];
@@ -529,13 +529,13 @@ Tensor farthest_points(std::vector<Tensor> maps, std::vector<int64_t> grid, int6
     }
     const Rule rule{Penalty::kMax, static_cast<Metric>(metric)};
     const bool cosine = rule.metric == Metric::kCosine;
-    const Tensor norms = hypercolumn_norm(maps, grid);
+    const Tensor lengths = cosine ? hypercolumn_norm(maps, grid) : hypercolumn_square(maps, grid);
     const Tensor picks = empty({batch, points}, ScalarType::Long);
     if (points == 0) return picks;
     over_images(batch, [&](int64_t b) {
-      const A* mine = data<A>(norms) + b * n;
+      const A* mine = data<A>(lengths) + b * n;
       const Image<T> image(pyramid, b, cosine ? mine : nullptr);
-      Sampler<T> sampler(image, rule, mine, cosine);
+      Sampler<T> sampler(image, rule, cosine ? nullptr : mine, cosine);
       typename Sampler<T>::Chains chains;
       sampler.add(chains, nullptr);
       int64_t* to = mutable_data<int64_t>(picks) + b * points;

@@ -317,7 +317,10 @@ std::vector<Tensor> hypercolumn_gather_backward(Tensor grad_in, Tensor points_in
   STD_TORCH_CHECK(points.size(1) == per_image && sizes.size() % 3 == 0,
                   "hypercolumn_gather_backward: grad, points and sizes do not belong together");
   int64_t first = 0;
-  for (size_t l = 0; l < sizes.size(); l += 3) first += sizes[l];
+  for (size_t l = 0; l < sizes.size(); l += 3) {
+    STD_TORCH_CHECK(sizes[l] >= 0 && sizes[l + 1] >= 1 && sizes[l + 2] >= 1, "sizes: expected those of maps");
+    first += sizes[l];
+  }
   STD_TORCH_CHECK(first == channels, "sizes: expected ", channels, " channels, got ", first);
   std::vector<Tensor> grads;
   by_dtype("grad", grad.scalar_type(), [&](auto zero) {
@@ -403,7 +406,8 @@ Contributions<A> contributions_along(int64_t in, int64_t out) {
 
 std::vector<Tensor> hypercolumn_resize_sum_backward(Tensor grad_in, std::vector<int64_t> sizes) {
   const Tensor grad = channels_last(grad_in);
-  STD_TORCH_CHECK(sizes.size() % 2 == 0, "sizes: expected heights and widths");
+  STD_TORCH_CHECK(sizes.size() % 2 == 0 && std::all_of(sizes.begin(), sizes.end(), [](int64_t n) { return n >= 1; }),
+                  "sizes: expected heights and widths of at least 1");
   const int64_t batch = grad.size(0), height = grad.size(1), width = grad.size(2), channels = grad.size(3);
   std::vector<Tensor> grads;
   by_dtype("grad", grad.scalar_type(), [&](auto zero) {
@@ -437,16 +441,16 @@ std::vector<Tensor> hypercolumn_resize_sum_backward(Tensor grad_in, std::vector<
   return grads;
 }
 
-}  // namespace
-
-Tensor hypercolumn_norm(std::vector<Tensor> maps, std::vector<int64_t> grid) {
+// (B, H, W): f of the square of every hypercolumn.
+template <class F>
+Tensor of_squares(const std::vector<Tensor>& maps, const std::vector<int64_t>& grid, const F& f) {
   return by_pyramid(maps, grid, [&](const auto& pyramid) {
     using A = accumulate_t<std::decay_t<decltype(*pyramid.levels[0].data)>>;
     const int64_t height = pyramid.grid.height, width = pyramid.grid.width;
     const auto along_x = taps_along_x(pyramid);
     const Tensor out = empty({pyramid.batch, height, width}, scalar_type<A>);
     for_rows(pyramid, [&](int64_t b, int64_t y, const auto& rows, auto& terms) {
-      A* norms = mutable_data<A>(out) + (b * height + y) * width;
+      A* to = mutable_data<A>(out) + (b * height + y) * width;
       for (int64_t x = 0; x < width; ++x) {
         double squares = 0;
         for (size_t l = 0; l < rows.size(); ++l) {
@@ -455,11 +459,21 @@ Tensor hypercolumn_norm(std::vector<Tensor> maps, std::vector<int64_t> grid) {
           terms.add(rows[l], channels, along_x[l][x]);
           squares += MOE_BY_ISA(square_sum, terms.rows.data(), terms.weights.data(), terms.size(), channels);
         }
-        norms[x] = static_cast<A>(std::sqrt(squares));
+        to[x] = static_cast<A>(f(squares));
       }
     });
     return out;
   });
+}
+
+}  // namespace
+
+Tensor hypercolumn_norm(std::vector<Tensor> maps, std::vector<int64_t> grid) {
+  return of_squares(maps, grid, [](double square) { return std::sqrt(square); });
+}
+
+Tensor hypercolumn_square(const std::vector<Tensor>& maps, const std::vector<int64_t>& grid) {
+  return of_squares(maps, grid, [](double square) { return square; });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {

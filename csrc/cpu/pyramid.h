@@ -15,8 +15,8 @@ struct Grid {
 };
 
 inline Grid grid_of(const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(sizes.size() == 2 && sizes[0] >= 1 && sizes[1] >= 1,
-                  "grid: expected a height and a width of at least 1");
+  STD_TORCH_CHECK(sizes.size() == 2 && sizes[0] >= 1 && sizes[1] >= 1 && sizes[0] <= INT32_MAX / sizes[1],
+                  "grid: expected a height and a width of at least 1, and at most 2147483647 locations");
   return {sizes[0], sizes[1]};
 }
 

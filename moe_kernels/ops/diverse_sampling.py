@@ -17,7 +17,7 @@ those of the classes and its own; two classes may share one. Ties go to the lowe
 location 0. Where a class is absent or no location is left, the index is −1.
 
 Sums are float32 (float64 for float64 columns), whatever the storage. Backends, and dense columns and pyramids, give the
-same samples wherever the best location leads by more than the rounding of that. On a CPU bit for bit the same for any
+same samples wherever the best location leads by more than the rounding of that, and all features are finite. On a CPU bit for bit the same for any
 number of threads and whatever else is in the batch. Not differentiable; nothing waits for the device.
 """
 
@@ -80,14 +80,23 @@ def _number(name: str, choice: str, choices: tuple[str, ...]) -> int:
     return choices.index(choice)
 
 
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {count!r}")
+    if count < 0:
+        raise ValueError(f"{name}: expected at least 0, got {count}")
+
+
 def _levels(columns: Tensor | Pyramid) -> tuple[list[Tensor], tuple[int, int]]:
     """The maps and the grid of a pyramid, or those of the one of a single level that dense columns are."""
     if isinstance(columns, Pyramid):
         check_pyramid(columns)
+        if columns.channels == 0:
+            raise ValueError("columns: expected maps of at least one channel, got none")
         return [level.detach() for level in columns.maps], columns.grid
     _library.check_tensor("columns", columns, ("B", "N", "D"), floating=True, like=columns)
-    if columns.shape[1] == 0:
-        raise ValueError(f"columns: expected at least one location, got shape {tuple(columns.shape)}")
+    if 0 in columns.shape[1:]:
+        raise ValueError(f"columns: expected a location and a channel at least, got shape {tuple(columns.shape)}")
     return [columns.detach().transpose(1, 2).unsqueeze(3)], (columns.shape[1], 1)
 
 
@@ -126,9 +135,8 @@ def diverse_sampling(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     maps, grid = _levels(columns)
+    _check_count("num_samples", num_samples)
     _library.check_tensor("scores", scores, (maps[0].shape[0], "C", grid[0] * grid[1]), floating=True, like=maps[0])
-    if num_samples < 0:
-        raise ValueError(f"num_samples: expected at least 0, got {num_samples}")
     if present is not None:
         if not isinstance(present, Tensor) or present.dtype != torch.bool:
             raise TypeError(f"present: expected a bool tensor, got {getattr(present, 'dtype', type(present).__name__)}")
@@ -163,8 +171,7 @@ def farthest_points(columns: Tensor | Pyramid, k: int, *, start: int | Tensor = 
     """
     maps, grid = _levels(columns)
     batch, locations = maps[0].shape[0], grid[0] * grid[1]
-    if k < 0:
-        raise ValueError(f"k: expected at least 0, got {k}")
+    _check_count("k", k)
     if isinstance(start, Tensor):
         _library.check_tensor("start", start, (batch,), floating=False, like=maps[0])
     else:

@@ -9,7 +9,8 @@ Resizing is linear, and so are :func:`linear` and :func:`inner`: they multiply e
 resize and sum the products, which is exact, and for VGG-16 (4,224 channels at 64 × 84) 3.2 times fewer values.
 :func:`gather` reads four pixels a map and location, :func:`norm` resizes a row of the grid at a time.
 
-Storage in float16 or bfloat16 is summed in float32. Everything is deterministic, bit for bit for any number of threads.
+Storage in float16 or bfloat16 is summed in float32, but for the products of :func:`linear` on a GPU, each of which is
+rounded to the dtype of its weight. Everything is deterministic, bit for bit for any number of threads.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ _library.refuse_second_derivative("hypercolumn_resize_sum_backward")
 
 
 def _check_grid(grid: Sequence[int]) -> tuple[int, int]:
-    if len(grid) != 2 or any(size < 1 for size in grid):
-        raise ValueError(f"grid: expected (H, W) of at least 1, got {tuple(grid)}")
+    if len(grid) != 2 or not all(isinstance(size, (int, torch.SymInt)) and size >= 1 for size in grid):
+        raise ValueError(f"grid: expected two integers (H, W) of at least 1, got {tuple(grid)}")
     return grid[0], grid[1]
 
 
@@ -197,6 +198,9 @@ def pyramid(maps: Sequence[Tensor], grid: tuple[int, int], *, dtype: torch.dtype
     height, width = _check_grid(grid)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    if isinstance(maps, Tensor):
+        raise TypeError(f"maps: expected a sequence of tensors, got a tensor of shape {tuple(maps.shape)}")
+    maps = tuple(maps)
     _check_maps(maps, any_dtype=dtype is not None)
     wide = functools.reduce(torch.promote_types, (m.dtype for m in maps))
     groups: list[tuple[tuple[int, int], list[Tensor]]] = []

@@ -268,7 +268,7 @@ def _types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 def _tile(channels: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    columns = min(triton.next_power_of_2(channels), 128)
+    columns = min(triton.next_power_of_2(max(channels, 1)), 128)
     return TILE // columns, columns
 
 

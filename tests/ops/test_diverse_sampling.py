@@ -348,7 +348,15 @@ COLUMNS, SCORES = torch.rand(2, 6, 4), torch.rand(2, 3, 6)
     [
         ((SCORES, COLUMNS[0], 2), {}, ValueError, r"columns: expected shape \(B, N, D\), got \(6, 4\)"),
         ((SCORES, COLUMNS.long(), 2), {}, TypeError, "columns: expected a floating-point tensor, got torch.int64"),
-        ((SCORES, COLUMNS[:, :0], 2), {}, ValueError, "columns: expected at least one location"),
+        ((SCORES, COLUMNS[:, :0], 2), {}, ValueError, "columns: expected a location and a channel at least"),
+        ((SCORES, COLUMNS[..., :0], 2), {}, ValueError, "columns: expected a location and a channel at least"),
+        (
+            (torch.zeros(1, 3, 4), pyramid([torch.zeros(1, 0, 1, 1)], (2, 2)), 2),
+            {},
+            ValueError,
+            "columns: expected maps of at least one channel",
+        ),
+        ((SCORES, COLUMNS, 2.0), {}, TypeError, "num_samples: expected an integer, got 2.0"),
         ((SCORES, [COLUMNS], 2), {}, TypeError, "columns: expected a tensor, got list"),
         ((SCORES[:1], COLUMNS, 2), {}, ValueError, r"scores: expected shape \(2, C, 6\), got \(1, 3, 6\)"),
         ((SCORES[..., :5], COLUMNS, 2), {}, ValueError, r"scores: expected shape \(2, C, 6\), got \(2, 3, 5\)"),
@@ -371,6 +379,7 @@ def test_bad_arguments_of_sampling_are_named(arguments, options, error, message)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"k": 2.0}, TypeError, "k: expected an integer, got 2.0"),
         ({"k": -1}, ValueError, "k: expected at least 0, got -1"),
         ({"k": 2, "start": 6}, ValueError, r"start: expected a location in \[0, 6\), got 6"),
         ({"k": 2, "start": torch.tensor([1])}, ValueError, r"start: expected shape \(2,\), got \(1,\)"),
@@ -383,3 +392,21 @@ def test_bad_arguments_of_sampling_are_named(arguments, options, error, message)
 def test_bad_arguments_of_farthest_points_are_named(name, options, error, message):
     with backend.force(name), pytest.raises(error, match=message):
         farthest_points(COLUMNS, **options)
+
+
+@ON_BOTH
+def test_euclidean_distances_of_whole_numbers_are_exact(name):
+    # both are √5 from the first, in float32 too: the tie goes to the lower location
+    columns = torch.tensor([[[2.0, 1.0], [3.0, 3.0], [0.0, 0.0]]])
+    with backend.force(name):
+        assert farthest_points(columns, 2, metric="euclidean").tolist() == [[0, 1]]
+
+
+@ON_BOTH
+def test_a_column_too_short_to_have_an_inverse_is_like_none(name):
+    features = torch.rand(1, 3, 2, 2) + 0.5
+    features[:, :, 0, 1] = 1e-40
+    scores = torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])
+    with backend.force(name):
+        found = diverse_sampling(scores, pyramid([features], (2, 2)), 4, background=False)
+    assert found.indices.tolist() == [[[0, 2, 1, 3]]]

@@ -351,8 +351,20 @@ def test_a_location_out_of_range_is_an_error(name, point):
             ValueError,
             r"maps\[0\]: expected at least one pixel, got \(1, 1, 0, 1\)",
         ),
-        ([torch.zeros(1, 1, 1, 1)], (2, 0), {}, ValueError, r"grid: expected \(H, W\) of at least 1, got \(2, 0\)"),
-        ([torch.zeros(1, 1, 1, 1)], (2,), {}, ValueError, r"grid: expected \(H, W\) of at least 1, got \(2,\)"),
+        (
+            [torch.zeros(1, 1, 1, 1)],
+            (2, 0),
+            {},
+            ValueError,
+            r"grid: expected two integers \(H, W\) of at least 1, got \(2, 0\)",
+        ),
+        (
+            [torch.zeros(1, 1, 1, 1)],
+            (2,),
+            {},
+            ValueError,
+            r"grid: expected two integers \(H, W\) of at least 1, got \(2,\)",
+        ),
         (
             [torch.zeros(1, 1, 1, 1)],
             (2, 2),
@@ -361,6 +373,8 @@ def test_a_location_out_of_range_is_an_error(name, point):
             "dtype: expected a floating-point dtype",
         ),
         ([3], (2, 2), {}, TypeError, r"maps\[0\]: expected a tensor, got int"),
+        (torch.zeros(1, 2, 3, 3), (2, 2), {}, TypeError, "maps: expected a sequence of tensors, got a tensor of shape"),
+        ([torch.zeros(1, 2, 3, 3)], (2.0, 2), {}, ValueError, r"grid: expected two integers \(H, W\) of at least 1"),
     ],
 )
 def test_bad_maps_are_named(maps, grid, options, error, message):
@@ -402,3 +416,14 @@ def test_the_operators_themselves_refuse_what_does_not_belong_together():
         operators.hypercolumn_gather_backward(torch.zeros(2, 1, 4), points, [2, 3, 3], [3, 3])
     with pytest.raises(RuntimeError, match="grid: expected a height and a width"):
         operators.hypercolumn_norm(maps, [3])
+
+
+def test_sizes_that_are_none_of_maps_are_refused():
+    operators = torch.ops.moe_kernels
+    with pytest.raises(RuntimeError, match="sizes: expected heights and widths of at least 1"):
+        operators.hypercolumn_resize_sum_backward(torch.randn(1, 2, 3, 3), [0, 1])
+    for sizes in ([3, 0, 2], [-1, 2, 2, 4, 2, 2]):
+        with pytest.raises(RuntimeError, match="sizes: expected those of maps"):
+            operators.hypercolumn_gather_backward(torch.randn(1, 2, 3), torch.zeros(1, 2).long(), sizes, [2, 2])
+    with pytest.raises(RuntimeError, match="at most 2147483647 locations"):
+        operators.hypercolumn_norm([torch.randn(1, 1, 2, 2)], [2**40, 2**40])

@@ -239,3 +239,10 @@ def test_replayed_graph_follows_changed_maps():
             m.normal_()
         graph.replay()
         assert all(torch.equal(one, other) for one, other in zip(found, run(), strict=True))
+
+
+def test_no_output_channel():
+    of = pyramid([torch.randn(2, 7, 3, 4, device=DEVICE)], (3, 4))
+    with backend.force("triton"):
+        assert linear(of, torch.randn(0, 7, device=DEVICE)).shape == (2, 0, 3, 4)
+        assert inner(of, torch.randn(2, 0, 7, device=DEVICE)).shape == (2, 0, 3, 4)

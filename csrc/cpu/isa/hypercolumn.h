@@ -63,11 +63,12 @@ double square_sum(const A* const* rows, const A* weights, int64_t terms, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) squares[v] += sum[v] * sum[v];
   }
-  double total = 0;
+  A rest = 0;
   for (; i < n; ++i) {
-    const double element = weighted_element<A>(rows, weights, terms, nullptr, i);
-    total += element * element;
+    const A element = weighted_element<A>(rows, weights, terms, nullptr, i);
+    rest += element * element;
   }
+  double total = rest;
   const V all = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   for (int64_t lane = 0; lane < lanes; ++lane) total += all[lane];
   return total;
