@@ -17,8 +17,9 @@ those of the classes and its own; two classes may share one. Ties go to the lowe
 location 0. Where a class is absent or no location is left, the index is −1.
 
 Sums are float32 (float64 for float64 columns), whatever the storage. Backends, and dense columns and pyramids, give the
-same samples wherever the best location leads by more than the rounding of that, and all features are finite. On a CPU bit for bit the same for any
-number of threads and whatever else is in the batch. Not differentiable; nothing waits for the device.
+same samples wherever the best location leads by more than the rounding of that, and all features are finite. On a CPU
+bit for bit the same for any number of threads and whatever else is in the batch. Not differentiable; nothing waits for
+the device.
 """
 
 from __future__ import annotations
