@@ -92,7 +92,12 @@ def read_torch(path: str | os.PathLike[str], map_location: str | torch.device = 
     except (
         Exception
     ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for files that are not its own
-        raise ValueError(f"{os.fspath(path)} cannot be read as a torch file: {error}") from error
+        # torch puts many lines of advice around what is wrong
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(". ")[0]
+        why = f"{type(error).__name__}: {why}"
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as a torch file of tensors and plain data ({why})"
+        ) from error
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

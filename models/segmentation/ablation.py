@@ -6,6 +6,7 @@ score maps) is computed once and linked into each.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from .. import files, report, runs
 from ..data.images import some
 from . import saved
 from .backbones import Backbone
-from .configuration import LOSSES, SegmentConfig
+from .configuration import LOSSES, STRATEGIES, SegmentConfig
 from .data.tagged import TaggedImages
 from .segmenter import Segmenter, fit
 from .stages import FEATURES, LOCALIZATION, Part, share
@@ -31,7 +32,7 @@ def variants(config: SegmentConfig, samples: Sequence[int] = SAMPLES) -> dict[st
     """The segmenters of the three tables by name: ``config``, and others that differ from it in one thing."""
     found = [config]
     found += [replace(config, loss=loss) for loss in LOSSES]
-    found += [replace(config, strategy=strategy) for strategy in ("dense", "spatial", "top", "diverse")]
+    found += [replace(config, strategy=strategy) for strategy in STRATEGIES]
     found += [replace(config, samples=count) for count in samples]
     return {name_of(variant): variant for variant in found}
 
@@ -84,7 +85,8 @@ def run(
     todo = variants(config, samples)
     if (most := max(variant.samples for variant in todo.values())) > backbone.grid[0] * backbone.grid[1]:
         raise ValueError(f"samples must be at most the locations of the grid, {backbone.grid}, got {most}")
-    judged = {"test": saved.digest(test.names), "crf": crf}
+    content = _digest(test)
+    judged = {"test": content, "crf": crf}
     found: dict[str, Any] = {"variants": {}}
     for name, variant in todo.items():
         folder = out / name
@@ -98,12 +100,8 @@ def run(
         if variant != config:
             shutil.rmtree(segmenter.parts()[0].points, ignore_errors=True)
         found["variants"][name] = {"config": runs.identity(asdict(variant)), **result}
-    found["maps"] = _maps(Segmenter.load(out / name_of(config), backbone, device=device), test, thresholds, progress)
-    return found
-
-
-def _maps(segmenter: Segmenter, test: TaggedImages, thresholds: Sequence[float], progress: bool) -> dict[str, Any]:
-    judged = {"test": saved.digest(test.names), "thresholds": list(thresholds)}
+    segmenter = Segmenter.load(out / name_of(config), backbone, device=device)
+    judged = {"test": content, "thresholds": list(thresholds)}
     path = segmenter.folder / f"maps-{_EVALUATION}"
     result = _kept(path, judged)
     if result is None:
@@ -111,7 +109,14 @@ def _maps(segmenter: Segmenter, test: TaggedImages, thresholds: Sequence[float],
         threshold = max(tried, key=lambda threshold: tried[threshold]["mean"])
         result = {"threshold": threshold, **tried[threshold]}
         files.write_json(path, {"run": judged, **result})
-    return result
+    return found | {"maps": result}
+
+
+def _digest(test: TaggedImages) -> str:
+    """What tells images with masks from others: names, classes, pictures, and what the masks say."""
+    masks = (test.mask(index) for index in range(len(test)))
+    told = ("" if mask is None else f"{mask.shape} {hashlib.sha256(mask).hexdigest()}" for mask in masks)
+    return saved.digest([*test.classes, *map(str, zip(test.names, test.digests(), told, strict=True))])
 
 
 def _kept(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -148,16 +153,14 @@ def sections(found: Mapping[str, Any], config: SegmentConfig | None = None) -> l
     maps = found["maps"]
     common = f"{config.loss} softmax, {config.strategy} sampling, K = {config.samples}, but for what a table compares."
     return [
-        report.Section(
-            "Localization", (f"All tables: {common}",), table("softmax", named("loss", ("pixel", "global")))
-        ),
+        report.Section("Localization", (f"All tables: {common}",), table("softmax", named("loss", LOSSES[::-1]))),
         report.Section(
             "Sampling",
             (
                 f"The localization's maps themselves, at their best threshold on these images, {maps['threshold']:g}: "
                 f"{100 * maps['mean']:.1f} %.",
             ),
-            table("strategy", named("strategy", ("dense", "spatial", "top", "diverse"))),
+            table("strategy", named("strategy", STRATEGIES[::-1])),
         ),
         report.Section("Samples a class and image", (), table("K", named("samples", counts))),
     ]

@@ -202,7 +202,7 @@ class VGG16(nn.Module):
     def __init__(self, layers: Sequence[str] = LAYERS, *, ceil_mode: bool = False, fc7: int = 4096) -> None:
         super().__init__()
         if (unknown := [layer for layer in layers if layer not in self.LAYERS]) or not layers:
-            raise ValueError(f"layers of VGG-16 are {', '.join(self.LAYERS)}; got {some(unknown)}")
+            raise ValueError(f"layers of VGG-16 are {', '.join(self.LAYERS)}; got {some([*map(str, unknown)])}")
         self.layers = tuple(layers)
         # torchvision's names and order, so that its files fit
         self.features = make_layers(cfgs["D"])
@@ -297,7 +297,7 @@ class Intermediates(nn.Module):
         self.flat = len({stage["reduction"] for stage in model.feature_info}) == 1
         quarters = [stages * quarter // 4 - 1 for quarter in range(1, 5)]
         self.layers = tuple(layers if layers is not None else quarters if self.flat else range(stages))
-        if not self.layers or not all(0 <= layer < stages for layer in self.layers):
+        if not self.layers or not all(isinstance(layer, int) and 0 <= layer < stages for layer in self.layers):
             raise ValueError(f"layers must be numbers in 0 … {stages - 1}, got {self.layers}")
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -336,6 +336,8 @@ def create(
         RuntimeError: the weights could not be downloaded.
     """
     where = f"weights {os.fspath(weights)}"
+    if weights != pretrained.HUB and not os.path.isfile(weights):
+        raise FileNotFoundError(f"{where}: there is no such file; a segmenter needs those of its fit where they were")
     if name == "vgg16":
         if preprocessing not in PREPROCESSING:
             raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}")

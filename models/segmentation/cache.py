@@ -5,12 +5,13 @@ At 256 × 336 VGG-16's pyramid has 7.1 million values, 14.2 MB in float16 (the h
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,7 @@ class FeatureCache:
 
     Raises:
         ValueError: the folder holds features of another backbone or dtype (both are named), or something else.
+        OSError: it is a file, or a link that leads nowhere.
     """
 
     def __init__(self, folder: str | os.PathLike[str], backbone: Backbone, dtype: torch.dtype = torch.float16) -> None:
@@ -50,12 +52,22 @@ class FeatureCache:
 
     def path(self, name: str) -> Path:
         """The file of an image."""
+        if any(len(os.fsencode(part)) > 200 for part in PurePosixPath(name).parts):  # a file system allows 255
+            name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return self.folder / f"{name}{_SUFFIX}"
 
-    def fill(self, dataset: TaggedImages, *, batch: int | None = None, progress: bool = True) -> None:
+    def fill(
+        self,
+        dataset: TaggedImages,
+        digests: Sequence[str] | None = None,
+        *,
+        batch: int | None = None,
+        progress: bool = True,
+    ) -> None:
         """Compute what is not there yet, or is of another image of the same name; an interrupted call is resumed.
 
         Args:
+            digests: what :meth:`TaggedImages.digests` gives, where it is known.
             batch: images in a forward, by default 16, on a CPU 1: more gain nothing there, and rounding does not depend
                 on what stands beside an image.
             progress: show a bar where somebody looks.
@@ -67,9 +79,9 @@ class FeatureCache:
         """
         with files.lock(self.folder), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             files.remove_leftovers(self.folder)
-            digests = list(pool.map(dataset.digest, range(len(dataset))))
-            there = list(pool.map(self._source, dataset.names))
-            todo = [index for index in range(len(dataset)) if there[index] != digests[index]]
+            digests = dataset.digests() if digests is None else digests
+            lacking = set(self.lacking(dict(zip(dataset.names, digests, strict=True))))
+            todo = [index for index, name in enumerate(dataset.names) if name in lacking]
             self._check_room(len(todo))
             batch = batch or (1 if self.backbone.device.type == "cpu" else 16)
             writes: list[Future[None]] = []
@@ -95,21 +107,35 @@ class FeatureCache:
                     bar.update(len(chunk))
                 _finish(writes)
 
-    def features(self, name: str) -> Features:
+    def lacking(self, sources: Mapping[str, str]) -> list[str]:
+        """Those of the images, name → digest, that have no features here; the same name may have another's."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            there = pool.map(self._source, sources)
+            return [name for (name, source), found in zip(sources.items(), there, strict=True) if found != source]
+
+    def features(self, name: str, source: str | None = None) -> Features:
         """The features of an image, a batch of one on the CPU: views of the file, read as they are used.
+
+        Args:
+            source: the image's digest, by default any.
 
         Raises:
             FileNotFoundError: it has none here.
-            ValueError: its file is damaged.
+            ValueError: its file is damaged, or of another image than ``source``.
         """
         path = self.path(name)
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} has no features of {name}; fill the cache with its images first")
         try:
             with safe_open(path, "pt") as file:
+                theirs = (file.metadata() or {}).get(_SOURCE)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and fill the cache again") from error
+        if source not in (None, theirs):
+            raise ValueError(
+                f"{path} is of another image of the same name: data sets of one folder must differ in names"
+            )
         maps = [
             tensors[f"map{level}"].permute(2, 0, 1)[None] for level in range(sum(key != "image" for key in tensors))
         ]
@@ -128,6 +154,10 @@ class FeatureCache:
                     f"\n  {lines}\nTake another folder, or delete this one."
                 )
             return
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise FileNotFoundError(f"{self.folder} leads to {os.readlink(self.folder)}, which is not there")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} must be a folder for features, and is a file")
         if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise ValueError(
                 f"{self.folder} is not empty and no cache of features ({_ABOUT} is missing): take another folder"

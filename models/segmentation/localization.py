@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -106,6 +106,9 @@ def image_loss(scores: Tensor, present: Tensor) -> Tensor:
 class Task:
     """A class to localize: its name, the images with it, and those without, of which as many are drawn.
 
+    Attributes:
+        digests: image → what tells it from another of the same name, where that is known.
+
     Raises:
         ValueError: there are none of one kind.
     """
@@ -113,6 +116,7 @@ class Task:
     name: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.positives:
@@ -133,16 +137,22 @@ class Task:
         """What its network follows from, beside seed and configuration."""
         return {
             "class": self.name,
-            "positives": saved.digest(sorted(self.positives)),
-            "negatives": saved.digest(sorted(self.negatives)),
+            "positives": self._digest(self.positives),
+            "negatives": self._digest(self.negatives),
         }
 
+    def _digest(self, images: Sequence[str]) -> str:
+        return saved.digest(f"{image}: {self.digests.get(image)}" for image in sorted(images))
 
-def tasks(names: Sequence[str], classes: Sequence[str], tags: np.ndarray) -> list[Task]:
+
+def tasks(
+    names: Sequence[str], classes: Sequence[str], tags: np.ndarray, digests: Mapping[str, str] | None = None
+) -> list[Task]:
     """One task a class from the tags, bool (images, classes)."""
     listed = np.array(names, dtype=object)
     return [
-        Task(name, tuple(listed[tags[:, place]]), tuple(listed[~tags[:, place]])) for place, name in enumerate(classes)
+        Task(name, tuple(listed[tags[:, place]]), tuple(listed[~tags[:, place]]), digests or {})
+        for place, name in enumerate(classes)
     ]
 
 
@@ -206,6 +216,7 @@ def train(
     config: SegmentConfig,
     *,
     description: Mapping[str, Any] | None = None,
+    replace: bool = False,
     device: str | torch.device = "cpu",
     checkpoint_share: float = 0.015,
     on_step: Callable[[int, int], None] | None = None,
@@ -219,16 +230,17 @@ def train(
         features: the float32 pyramid of an image, by name, on ``device``; batch 1. Called in a thread, a little early.
         channels: D of those.
         description: more of what identifies the networks (the backbone), plain JSON.
+        replace: networks of these classes that were trained otherwise are trained anew, not refused.
         checkpoint_share: largest share of the time that writing checkpoints may take.
         on_step: called with the number of finished steps and their total, at the start too.
 
     Raises:
-        ValueError: ``folder`` holds a network of one of these classes that was trained otherwise.
+        ValueError: ``folder`` holds a network of one of these classes that was trained otherwise, without ``replace``.
         RuntimeError: a loss is not finite.
     """
     folder, device = Path(folder), torch.device(device)
     facts = {task.name: _facts(task, channels, config, description or {}) for task in todo}
-    found = {task.name: _read(folder, task.name, facts[task.name], device) for task in todo}
+    found = {task.name: _read(folder, task.name, facts[task.name], device, replace) for task in todo}
     nets = {name: net for name, net in found.items() if net is not None}
     if len(nets) == len(todo):
         return nets
@@ -295,13 +307,15 @@ def _facts(task: Task, channels: int, config: SegmentConfig, description: Mappin
     return runs.identity(task.identity(), {"channels": channels}, kept, description)
 
 
-def _read(folder: Path, name: str, facts: Mapping[str, Any], device: torch.device) -> Localizer | None:
+def _read(folder: Path, name: str, facts: Mapping[str, Any], device: torch.device, replace: bool) -> Localizer | None:
     path = _file(folder, name)
     if not path.exists():
         return None
     tensors, there = saved.read(path)
     there.pop("losses")
     if there != facts:
-        lines = "\n  ".join(runs.differences(there, facts))
+        if replace:
+            return None
+        lines = "\n  ".join(saved.differences(there, facts, ("positives", "negatives")))
         raise ValueError(f"{path} was trained otherwise:\n  {lines}\nAsk for the same, or choose another folder.")
     return _of(tensors, device)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .. import files
+from .. import files, runs
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -29,6 +29,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as a safetensors file of a segmenter: {error}") from error
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], hashes: Iterable[str]) -> list[str]:
+    """As :func:`.runs.differences`; of ``hashes`` only that they differ."""
+    plain = ({key: value for key, value in side.items() if key not in set(hashes)} for side in (theirs, ours))
+    return runs.differences(*plain) + [
+        f"{name}: others there than here" for name in hashes if theirs.get(name) != ours.get(name)
+    ]
 
 
 def digest(names: Iterable[str]) -> str:

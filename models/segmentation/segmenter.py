@@ -25,17 +25,19 @@ from .. import files, runs
 from ..data.images import some
 from . import backbones, classifier, crf, localization, points, saved
 from .backbones import Backbone
+from .cache import FeatureCache
 from .classifier import PixelClassifier
 from .configuration import SegmentConfig
 from .data.pixels import IGNORED, in_rgb, read_rgb
-from .data.tagged import TaggedImages, checked
+from .data.tagged import TaggedImages, check_class, checked
 from .evaluation import BACKGROUND, MeanIoU
 from .localization import Localizer, Task
 from .sampling import normalized
 from .stages import CLASSIFIER, FEATURES, LOCALIZATION, TIMES, Part, Stages, share, wide
 
 CONFIG = "config.json"
-Picture = str | os.PathLike[str] | Image.Image
+_HASHES = ("tags", "pictures")
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 def fit(
@@ -62,10 +64,14 @@ def fit(
 
     Raises:
         ValueError: no image, a class that no image or every image has, more samples than there are locations; or
-            ``folder`` is of another configuration, and the differences are listed.
+            ``folder`` is of another configuration or of other images, and the differences are listed; or ``features``
+            holds something else.
+        OSError: an image cannot be read, or the disk has too little room.
         RuntimeError: another process works in ``folder``, or a loss is not finite.
     """
     config, folder, device = config or SegmentConfig(), Path(folder), torch.device(device)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} must be a folder for the segmenter, and is a file")
     dataset.check_trainable()
     if BACKGROUND in dataset.classes:
         raise ValueError(
@@ -73,42 +79,48 @@ def fit(
         )
     if config.samples > (locations := backbone.grid[0] * backbone.grid[1]):
         raise ValueError(f"samples must be at most {locations}, the locations of the grid, got {config.samples}")
+    digests = dict(zip(dataset.names, dataset.digests(), strict=True))
     about = runs.identity(
         {"config": asdict(config), "backbone": backbone.description(), "classes": dataset.classes},
         {
             "images": len(dataset),
             "tags": saved.digest(map(str, zip(dataset.names, dataset.tags.tolist(), strict=True))),
+            "pictures": saved.digest(map(str, digests.items())),
         },
     )
     with files.lock(folder):
-        _claim(folder, about, created)
+        files.remove_leftovers(folder)
+        if not _is_of(folder, about):
+            # what refuses ``features`` comes before the folder is claimed
+            FeatureCache(folder / FEATURES if features is None else features, backbone, getattr(torch, config.storage))
         if features is not None:
             share(folder, {FEATURES: Path(features)})
+        if not (folder / CONFIG).exists():
+            files.write_json(folder / CONFIG, {**about, "created": created})
         if not (folder / CLASSIFIER).exists():
-            stages = Stages(folder, backbone, config, device, "fit", progress, checkpoint_share)
-            part = Part.begin(folder, 0, dataset)
+            stages = Stages(folder, backbone, config, device, digests, "fit", progress, checkpoint_share)
+            part = Part.begin(folder, 0, dataset, list(digests.values()))
             stages.check_room(part, dataset.classes)
             stages.features(dataset)
-            nets = stages.localization(localization.tasks(dataset.names, dataset.classes, dataset.tags))
+            nets = stages.localization(localization.tasks(dataset.names, dataset.classes, dataset.tags, digests))
             stages.points(part, nets, dataset.classes)
             stages.classifier(dataset.classes, [part])
     return Segmenter.load(folder, backbone, device=device)
 
 
-def _claim(folder: Path, about: Mapping[str, Any], created: Mapping[str, Any] | None) -> None:
-    """Make ``folder`` one of ``about``, or see that it is."""
-    files.remove_leftovers(folder)
-    if (folder / CONFIG).exists():
-        theirs = files.read_json(folder / CONFIG)
-        theirs.pop("created", None)
-        if theirs != about:
-            lines = "\n  ".join(runs.differences(_flat(theirs), _flat(about)))
-            raise ValueError(
-                f"{folder} is of another configuration:\n  {lines}\n"
-                "Ask for the same, choose another folder, or delete this one."
-            )
-    else:
-        files.write_json(folder / CONFIG, {**about, "created": created})
+def _is_of(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether ``folder`` is one of ``about`` already; ``ValueError`` when it is one of something else."""
+    if not (folder / CONFIG).exists():
+        return False
+    theirs = files.read_json(folder / CONFIG)
+    theirs.pop("created", None)
+    if theirs != about:
+        lines = "\n  ".join(saved.differences(_flat(theirs), _flat(about), _HASHES))
+        raise ValueError(
+            f"{folder} is of another configuration:\n  {lines}\n"
+            "Ask for the same, choose another folder, or delete this one."
+        )
+    return True
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,8 +183,12 @@ class Segmenter:
         return cls(folder, backbone.to(device), config, run["classes"], len(run["parts"]), net, device)
 
     def times(self) -> dict[str, dict[str, float]]:
-        """Seconds of each stage of the fit and of each addition, without what killed processes spent."""
-        found: dict[str, dict[str, float]] = files.read_json(self.folder / TIMES)
+        """Seconds of each stage of the fit and of each addition, without what killed processes spent.
+
+        Empty where ``times.json`` is missing, which nothing depends on.
+        """
+        path = self.folder / TIMES
+        found: dict[str, dict[str, float]] = files.read_json(path) if path.exists() else {}
         return found
 
     def probabilities(self, image: Picture) -> Tensor:
@@ -184,7 +200,7 @@ class Segmenter:
         """The label of every pixel of an image, uint8 (h, w).
 
         Args:
-            image: of any size and mode, or its file.
+            image: of any size and mode, its file, or an array uint8 (h, w, 3).
             crf: the probabilities are refined by a dense CRF, which needs the extra ``crf``.
         """
         image = _rgb(image)
@@ -248,6 +264,8 @@ class Segmenter:
             nets: the networks of the classes that are wanted, by default of all.
         """
         nets = {name: self.localizer(name) for name in self.classes} if nets is None else nets
+        if not nets:
+            raise ValueError("nets must be of at least one class, got none")
         image = _rgb(image)
         found, known = wide(self.backbone.features(image)), self.highest()
         maps = points.score_maps(list(nets.values()), found.pyramid, self.config.loss)
@@ -300,36 +318,58 @@ class Segmenter:
 
         One localization network is trained, on the new images and as many of the old ones; points are sampled in the
         new images; and the pixel classifier is trained anew on the old points and the new ones. Until that is done the
-        segmenter in the folder is the old one. An interrupted call, made again, goes on where it was.
+        segmenter in the folder is the old one. An interrupted call, made again, goes on where it was; with other
+        images it begins anew. The folder must still have the points and the features of the images learned from.
 
         Args:
             images: images or their files, all of the new class; or tagged images, of which those with the tag ``name``
-                are used. Their other tags count too: old classes are sampled in the new images.
+                are used. Their other tags count too: old classes are sampled in the new images. Their names get the
+                class as a folder: ``name/``, as in a URL. Images learned from already may be among them: they are no
+                negatives, and points are drawn in them once more.
             skip_bad: leave out files that cannot be read, with a warning.
 
         Raises:
-            ValueError: the class is there already, there is no image of it, a name of an image is taken, or files
-                cannot be read.
-            RuntimeError: another process works in the folder.
+            ValueError: the class is there already, there is no image of it, a name of an image is taken, files
+                cannot be read, or points or features are missing.
+            TypeError: ``images`` is no sequence of images.
+            RuntimeError: another process works in the folder, or the segmenter there has other classes by now.
         """
+        check_class(name)
         if name in (BACKGROUND, *self.classes):
             raise ValueError(f"class {name} is there already: {some(self.classes)}")
         if len(self.classes) == IGNORED - 1:
             raise ValueError(f"there can be {IGNORED - 1} classes at most, and there are")
         dataset = _images_of(name, images, skip_bad)
+        new = dict(zip(dataset.names, dataset.digests(), strict=True))
         with files.lock(self.folder):
+            _, run = classifier.load(self.folder / CLASSIFIER)
+            if (run["classes"], len(run["parts"])) != (list(self.classes), self._parts):
+                raise RuntimeError(
+                    f"{self.folder} was changed since this segmenter was loaded, and now knows {some(run['classes'])}: "
+                    "load it again"
+                )
             old = self.parts()
+            digests = {image: digest for part in old for image, digest in part.digests.items()}
             if taken := [image for image in dataset.names for part in old if image in part.tags]:
                 raise ValueError(f"images must have new names; those of the segmenter have {some(taken)} too")
-            negatives = [image for part in old for image, tags in part.tags.items() if name not in tags]
-            task = Task(name, dataset.names, tuple(negatives))
+            positive = set(new.values())
+            negatives = [
+                image
+                for part in old
+                for image, tags in part.tags.items()
+                if name not in tags and part.digests[image] not in positive
+            ]
+            digests |= new
+            task = Task(name, dataset.names, tuple(negatives), digests)
             stages = Stages(
-                self.folder, self.backbone, self.config, self.device, f"add {name}", progress, checkpoint_share
+                self.folder, self.backbone, self.config, self.device, digests, f"add {name}", progress, checkpoint_share
             )
-            part, classes = Part.begin(self.folder, len(old), dataset), (*self.classes, name)
+            drawn = task.images(self.config.seed).items()
+            stages.check_kept(old, [image for (image, _), present in drawn if not present])
+            part, classes = Part.begin(self.folder, len(old), dataset, list(new.values())), (*self.classes, name)
             stages.check_room(part, classes)
             stages.features(dataset)
-            nets = stages.localization([task]) | {known: self.localizer(known) for known in self.classes}
+            nets = stages.localization([task], replace=True) | {known: self.localizer(known) for known in self.classes}
             stages.points(part, nets, classes)
             self.classifier = stages.classifier(classes, [*old, part])
             self.classes, self._parts = classes, len(old) + 1
@@ -350,18 +390,24 @@ def _found(metric: MeanIoU) -> dict[str, Any]:
 
 def _images_of(name: str, images: Any, skip_bad: bool) -> TaggedImages:
     """The images of class ``name``."""
+    folder = quote(name, safe="")
     if isinstance(images, TaggedImages):
         if name not in images.classes:
             raise ValueError(f"images must have the tag {name}; their tags are {some(images.classes)}")
         dataset = images.subset(np.flatnonzero(images.tags[:, images.classes.index(name)]))
+        dataset = dataset.renamed([f"{folder}/{image}" for image in dataset.names])
     else:
-        on_disk = [not isinstance(image, Image.Image) for image in images]
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise TypeError(
+                f"images must be a sequence of images or files, got one {type(images).__name__}: put it in []"
+            )
+        on_disk = [isinstance(image, (str, os.PathLike)) for image in images]
         names = [
-            f"{quote(name, safe='')}/{Path(image).stem if stored else number}"
+            f"{folder}/{Path(image).stem if stored else number}"
             for number, (image, stored) in enumerate(zip(images, on_disk, strict=True))
         ]
         sources = [
-            Path(image) if stored else np.asarray(in_rgb(image)) for image, stored in zip(images, on_disk, strict=True)
+            Path(image) if stored else np.asarray(_rgb(image)) for image, stored in zip(images, on_disk, strict=True)
         ]
         dataset = TaggedImages(names, (name,), np.ones((len(names), 1), bool), sources)
         if all(on_disk) and on_disk:
@@ -372,6 +418,12 @@ def _images_of(name: str, images: Any, skip_bad: bool) -> TaggedImages:
 
 
 def _rgb(image: Picture) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(f"an array must be an image uint8 (h, w, 3), got {image.dtype} {image.shape}")
+        return Image.fromarray(image)
+    if not isinstance(image, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"image must be an image, its file or an array uint8 (h, w, 3), got {type(image).__name__}")
     return in_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
 
 

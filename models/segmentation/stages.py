@@ -2,8 +2,8 @@
 
 features/                          of every image
 localization/<class>.safetensors   a network a class
-parts/0/                           the images of the fit: names and tags, score maps, points; the images of a class
-                                   that was added are the next part
+parts/0/                           the images of the fit: names, tags and digests, score maps, points; the
+                                   images of a class that was added are the next part
 classifier.safetensors             replaced when an addition is complete
 times.json                         seconds of each stage
 """
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from moe_kernels.ops.hypercolumn import Pyramid
 
 from .. import files, runs
+from ..data.images import some
 from . import classifier, localization, points, saved
 from .backbones import Backbone, Features
 from .cache import FeatureCache
@@ -49,12 +50,22 @@ def wide(features: Features) -> Features:
 
 
 def share(folder: Path, links: Mapping[str, Path]) -> None:
-    """Let several segmenters have some of their folders in common: in ``folder``, names link to others' folders."""
+    """Let several segmenters have some of their folders in common: in ``folder``, names link to others' folders.
+
+    Raises:
+        ValueError: a name is there already and leads elsewhere.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
         target.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            (folder / name).symlink_to(os.path.relpath(target, folder))
+        link = folder / name
+        if not os.path.lexists(link):
+            link.symlink_to(os.path.relpath(target, folder))
+        elif not (link.exists() and link.samefile(target)):
+            raise ValueError(
+                f"{link} is there already, and is not {target}: name the folder that it is"
+                + (f" ({os.readlink(link)})" if link.is_symlink() else ", or delete it")
+            )
 
 
 class Part:
@@ -62,12 +73,13 @@ class Part:
 
     Attributes:
         tags: name of an image → names of its classes.
+        digests: name of an image → what tells it from another of the same name.
     """
 
     SCORES = "scores"
 
-    def __init__(self, folder: Path, tags: Mapping[str, Sequence[str]]) -> None:
-        self.folder, self.tags = folder, dict(tags)
+    def __init__(self, folder: Path, tags: Mapping[str, Sequence[str]], digests: Mapping[str, str]) -> None:
+        self.folder, self.tags, self.digests = folder, dict(tags), dict(digests)
 
     @staticmethod
     def place(run: Path, number: int) -> Path:
@@ -78,18 +90,19 @@ class Part:
     def read(cls, run: Path, number: int) -> Part:
         """Part ``number`` of the segmenter in ``run``."""
         folder = cls.place(run, number)
-        return cls(folder, files.read_json(folder / _IMAGES))
+        return cls(folder, **files.read_json(folder / _IMAGES))
 
     @classmethod
-    def begin(cls, run: Path, number: int, dataset: TaggedImages) -> Part:
+    def begin(cls, run: Path, number: int, dataset: TaggedImages, digests: Sequence[str]) -> Part:
         """Part ``number``, of the images of ``dataset``; what others left there is replaced, stage by stage."""
         folder = cls.place(run, number)
         tags = {
             name: [dataset.classes[place] for place in row.nonzero()[0]]
             for name, row in zip(dataset.names, dataset.tags, strict=True)
         }
-        files.write_json(folder / _IMAGES, tags)
-        return cls(folder, tags)
+        images = {"tags": tags, "digests": dict(zip(dataset.names, digests, strict=True))}
+        files.write_json(folder / _IMAGES, images)
+        return cls(folder, **images)
 
     @property
     def scores(self) -> Path:
@@ -112,14 +125,15 @@ class Part:
         return found
 
     def digest(self) -> str:
-        """Of names and tags."""
-        return saved.digest(f"{name}: {tags}" for name, tags in self.tags.items())
+        """Of names, tags and pictures."""
+        return saved.digest(f"{name}: {tags} {self.digests[name]}" for name, tags in self.tags.items())
 
 
 class Stages:
     """Does the stages in ``folder``, which is this process's.
 
     Args:
+        digests: of all images that are used, by name.
         title: what ``times.json`` files them under.
         progress: with bars, on a terminal.
         checkpoint_share: largest share of the time that writing checkpoints may take.
@@ -131,11 +145,13 @@ class Stages:
         backbone: Backbone,
         config: SegmentConfig,
         device: torch.device,
+        digests: Mapping[str, str],
         title: str,
         progress: bool,
         checkpoint_share: float,
     ) -> None:
         self.folder, self.backbone, self.config, self.device = folder, backbone.to(device), config, device
+        self.digests = digests
         self.title, self.progress, self.share = title, progress, checkpoint_share
         self.cache = FeatureCache(folder / FEATURES, backbone, getattr(torch, config.storage))
 
@@ -156,13 +172,31 @@ class Stages:
                 "use another disk or fewer samples"
             )
 
+    def check_kept(self, parts: Sequence[Part], images: Sequence[str]) -> None:
+        """Whether there still is what an addition needs: the points of ``parts``, the features of ``images``.
+
+        Raises:
+            ValueError: it is not.
+        """
+        back = f"Delete {self.folder / CLASSIFIER}, and repeat the fit and the additions: they compute what is missing."
+        for part in parts:
+            try:
+                points.about(part.points)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"an addition needs {part.points}, which is not complete. {back}") from error
+        if lacking := self.cache.lacking({name: self.digests[name] for name in images}):
+            raise ValueError(
+                f"an addition needs the features of {len(lacking)} images that {self.cache.folder} does not have, or "
+                f"has of others of the same name: {some(lacking)}. {back}"
+            )
+
     def features(self, dataset: TaggedImages) -> None:
         """Of every image of ``dataset``."""
         with self._timed("features"):
-            self.cache.fill(dataset, progress=self.progress)
+            self.cache.fill(dataset, [self.digests[name] for name in dataset.names], progress=self.progress)
 
-    def localization(self, todo: Sequence[Task]) -> dict[str, Localizer]:
-        """The networks of ``todo``."""
+    def localization(self, todo: Sequence[Task], *, replace: bool = False) -> dict[str, Localizer]:
+        """The networks of ``todo``; ``replace`` is that of :func:`.localization.train`, but where others share them."""
         with self._timed("localization"), self._bar("localization", "step") as on_step:
             return localization.train(
                 todo,
@@ -171,6 +205,7 @@ class Stages:
                 self.folder / LOCALIZATION,
                 self.config,
                 description={"backbone": self.backbone.fingerprint},
+                replace=replace and not (self.folder / LOCALIZATION).is_symlink(),
                 device=self.device,
                 checkpoint_share=self.share,
                 on_step=on_step,
@@ -229,7 +264,7 @@ class Stages:
             )
 
     def _stored(self, name: str) -> Features:
-        found = self.cache.features(name)
+        found = self.cache.features(name, self.digests[name])
         maps = tuple(level.to(self.device) for level in found.pyramid.maps)
         image = None if found.image is None else found.image.to(self.device)
         return Features(Pyramid(maps, found.pyramid.grid), image)

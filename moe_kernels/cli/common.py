@@ -1,5 +1,6 @@
 """What the commands that train share: options, one-sentence errors, and who looks at the images first."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -29,16 +30,23 @@ class Precision(str, Enum):
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """What the user can mend ends in a sentence and not in a traceback."""
+def one_sentence(*, resumes: bool = True) -> Iterator[None]:
+    """What the user can mend ends in a sentence and not in a traceback, and a warning is its text alone.
+
+    Args:
+        resumes: whether the command, when it was interrupted, goes on where it was.
+    """
+    formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
+        typer.echo("interrupted; the same command " + ("goes on from here" if resumes else "begins anew"), err=True)
         raise typer.Exit(130) from None
+    finally:
+        warnings.formatwarning = formatted
 
 
 def first_rank_first(load: Callable[[], T]) -> T:

@@ -109,7 +109,7 @@ def evaluate(
     skip_bad: SkipBad = False,
 ) -> None:
     """Accuracy of trained weights on every image of every domain of ROOT."""
-    with one_sentence(), distributed.process_group(device) as on:
+    with one_sentence(resumes=False), distributed.process_group(device) as on:
         saved = files.read_torch(checkpoint)
         run = saved.get("run") if isinstance(saved, dict) else None
         if not run or "create" not in run:

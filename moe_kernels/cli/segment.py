@@ -3,10 +3,11 @@
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from moe_kernels.cli import accuracy
 from moe_kernels.cli.common import THREADS, Device, SkipBad, one_sentence
 from moe_kernels.models import distributed, figures, files, report, segmentation
-from moe_kernels.models.data.images import is_image
+from moe_kernels.models.data.images import is_image, some
 from moe_kernels.models.segmentation import ablation, backbones, crf, data, pictures
 from moe_kernels.models.segmentation.configuration import SegmentConfig
 from moe_kernels.models.segmentation.data import TaggedImages, coco, folder, voc
@@ -25,6 +26,7 @@ from moe_kernels.models.segmentation.data.tagged import checked
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Number = TypeVar("Number", int, float)
 DEFAULTS = SegmentConfig()
 EVALUATION = "evaluation.json"
 
@@ -66,9 +68,16 @@ class Preprocessing(str, Enum):
     caffe = "caffe"
 
 
+class MaskNumbers(str, Enum):
+    """What the numbers in COCO's masks are."""
+
+    position = "position"
+    id = "id"
+
+
 Data = Annotated[
     Path,
-    typer.Argument(help="VOC's layout, COCO's, or a folder with images/, tags.csv and, to judge by, masks/."),
+    typer.Argument(help="VOC's layout, COCO's, or images/ and tags.csv; to judge by, masks/ and class_names.txt."),
 ]
 Run = Annotated[Path, typer.Argument(help="Folder of a segmenter, as `segment fit` made it.")]
 Split = Annotated[
@@ -79,8 +88,14 @@ Classes = Annotated[
     str | None, typer.Option(help="Only these of the data, cat,dog; in masks the others are background. Default: all.")
 ]
 Tags = Annotated[str | None, typer.Option(help="Of VOC's layout: xml or masks. Default: xml where there is one.")]
-Crf = Annotated[bool, typer.Option("--crf", help="With a dense CRF too: needs moe-kernels[crf].")]
-Refine = Annotated[bool, typer.Option("--crf", help="Refine by a dense CRF: needs moe-kernels[crf].")]
+MaskNumbersOption = Annotated[
+    MaskNumbers | None,
+    typer.Option(
+        "--mask-numbers", help="In masks of COCO's layout: position, 1 to 80, or id, 1 to 90. Default: position."
+    ),
+]
+Crf = Annotated[bool, typer.Option("--crf", help="With a dense CRF too: needs the extra crf.")]
+Refine = Annotated[bool, typer.Option("--crf", help="Refine by a dense CRF: needs the extra crf.")]
 Name = Annotated[str, typer.Option("--backbone", help="vgg16, or a model of timm.")]
 Weights = Annotated[str, typer.Option(help="A .safetensors or .pth file, or hub: the library's own, downloaded.")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images. Default: 256x336, or next to it.")]
@@ -110,7 +125,7 @@ _rates = ",".join(f"{rate:g}" for rate in DEFAULTS.localization_rates)
 @app.command()
 def fit(
     root: Data,
-    out: Annotated[Path, typer.Argument(help="Folder of the segmenter.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the segmenter.", file_okay=False)],
     split: Split = None,
     tags: Tags = None,
     classes: Classes = None,
@@ -136,7 +151,10 @@ def fit(
     storage: StorageOption = Storage.float16,
     seed: Seed = DEFAULTS.seed,
     features: Annotated[
-        Path | None, typer.Option(help="Folder for the features, which several OUT may share. Default: OUT/features.")
+        Path | None,
+        typer.Option(
+            help="Folder for the features, which several OUT may share. Default: OUT/features.", file_okay=False
+        ),
     ] = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
@@ -149,7 +167,7 @@ def fit(
         config = SegmentConfig(
             loss=loss.value,
             localization_hidden=localization_hidden,
-            localization_rates=_numbers("localization-rates", localization_rates),
+            localization_rates=_numbers("localization-rates", localization_rates, float),
             strategy=strategy.value,
             samples=samples,
             penalty=penalty.value,
@@ -163,10 +181,9 @@ def fit(
             seed=seed,
         )
         created = _created(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
+        network = backbones.create(**created)  # before the images, which may take minutes to check
         dataset = _load(root, split, skip_bad, classes, tags=tags, masks=False)
-        segmenter = segmentation.fit(
-            dataset, backbones.create(**created), out, config, features=features, created=created, device=on
-        )
+        segmenter = segmentation.fit(dataset, network, out, config, features=features, created=created, device=on)
         _show_localization(segmenter, segmenter.classes)
         _show_times(segmenter, "fit")
         typer.echo(f"{len(segmenter.classes)} classes, {len(dataset)} images: {out}")
@@ -176,19 +193,19 @@ def fit(
 def predict(
     run: Run,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="Folder for the label maps, and the pictures of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps, and the pictures of them.", file_okay=False)],
     crf: Refine = False,
     overlay: Annotated[bool, typer.Option(help="Also the label map over its image, NAME-overlay.png.")] = True,
     device: Device = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
     """Segment images: a PNG a file, with VOC's palette; 0 is the background, then the classes in their order."""
-    with one_sentence(), distributed.process_group(device) as on:
+    with one_sentence(resumes=False), distributed.process_group(device) as on:
         crf = crf and _crf_is_there()
         segmenter = segmentation.Segmenter.load(run, device=on)
-        paths = _files(images)
-        found = TaggedImages(list(paths), ["any"], np.zeros((len(paths), 1)), list(paths.values()))
-        found = checked(found, Path(os.path.commonpath([path.absolute() for path in images])), skip_bad=skip_bad)
+        paths = _files(images, out)
+        _refuse_overwriting(paths, out, ["", "-overlay"] if overlay else [""])
+        found = _tagged(paths, "any", skip_bad)
         palette = pictures.palette().tobytes()
         for index, name in enumerate(tqdm(found.names, desc="prediction", unit="image", disable=None)):
             image = found.image(index)
@@ -211,15 +228,19 @@ def evaluate(
     split: TestSplit = None,
     classes: Classes = None,
     crf: Crf = False,
-    out: Annotated[Path | None, typer.Option(help=f"JSON file to write. Default: RUN/{EVALUATION}.")] = None,
+    mask_numbers: MaskNumbersOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"JSON file to write. Default: RUN/{EVALUATION}.", dir_okay=False)
+    ] = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
     """Mean IoU on images with masks, at their own size, without the CRF and, with --crf, with it too."""
-    with one_sentence(), distributed.process_group(device) as on:
+    with one_sentence(resumes=False), distributed.process_group(device) as on:
         crf = crf and _crf_is_there()
         segmenter = segmentation.Segmenter.load(run, device=on)
-        found = segmenter.evaluate(_load(root, split or _test_split(root), skip_bad, classes), crf=crf)
+        dataset = _load(root, split or _test_split(root), skip_bad, classes, mask_numbers=mask_numbers)
+        found = segmenter.evaluate(dataset, crf=crf)
         kinds = [kind for kind in ("plain", "crf") if kind in found]
         rows = [["class", "IoU, %", "with CRF, %"][: 1 + len(kinds)]]
         for name in found["plain"]["classes"]:
@@ -240,6 +261,7 @@ def add_class(
         typer.Argument(help="Images that have it: files, folders of them, or tagged data, whose other tags count too."),
     ],
     split: Split = None,
+    tags: Tags = None,
     device: Device = "auto",
     skip_bad: SkipBad = False,
 ) -> None:
@@ -249,8 +271,13 @@ def add_class(
     """
     with one_sentence(), distributed.process_group(device) as on:
         segmenter = segmentation.Segmenter.load(run, device=on)
-        tagged = len(images) == 1 and any(layout.find(images[0]) is not None for layout in (voc, coco, folder))
-        found = _load(images[0], split, skip_bad, masks=False) if tagged else list(_files(images).values())
+        # a single folder may be one of tagged data
+        if len(images) == 1 and any(layout.find(images[0]) is not None for layout in (voc, coco, folder)):
+            found = _load(images[0], split, skip_bad, tags=tags, masks=False)
+        elif split or tags:
+            raise ValueError("split and tags are choices for one folder of tagged data, and these are bare images")
+        else:
+            found = _tagged(_files(images), name, skip_bad)
         segmenter.add_class(name, found, skip_bad=skip_bad)
         _show_localization(segmenter, [name])
         _show_times(segmenter, f"add {name}")
@@ -260,11 +287,12 @@ def add_class(
 @app.command()
 def ablate(
     root: Data,
-    out: Annotated[Path, typer.Argument(help="Folder for all segmenters, results and the report.")],
+    out: Annotated[Path, typer.Argument(help="Folder for all segmenters, results and the report.", file_okay=False)],
     split: Split = None,
     tags: Tags = None,
     test: Annotated[Path | None, typer.Option(help="Data with masks to judge by. Default: DATA.")] = None,
     test_split: TestSplit = None,
+    mask_numbers: MaskNumbersOption = None,
     classes: Classes = None,
     backbone: Name = "vgg16",
     weights: Weights = "hub",
@@ -275,7 +303,9 @@ def ablate(
     preprocessing: Preprocessing = Preprocessing.torchvision,
     localization_hidden: LocalizationHidden = DEFAULTS.localization_hidden,
     localization_rates: Rates = _rates,
-    samples: Annotated[str, typer.Option(help="The K to compare.")] = ",".join(map(str, ablation.SAMPLES)),
+    samples: Annotated[str, typer.Option(help=f"The K to compare, and {DEFAULTS.samples}.")] = ",".join(
+        map(str, ablation.SAMPLES)
+    ),
     penalty: PenaltyOption = Penalty.sum,
     hidden: Hidden = DEFAULTS.hidden,
     batch: Batch = DEFAULTS.batch,
@@ -295,7 +325,7 @@ def ablate(
         crf = crf and _crf_is_there()
         config = SegmentConfig(
             localization_hidden=localization_hidden,
-            localization_rates=_numbers("localization-rates", localization_rates),
+            localization_rates=_numbers("localization-rates", localization_rates, float),
             penalty=penalty.value,
             hidden=hidden,
             batch=batch,
@@ -304,13 +334,13 @@ def ablate(
             storage=storage.value,
             seed=seed,
         )
-        counts = tuple(int(count) for count in _numbers("samples", samples))
+        counts = _numbers("samples", samples, int)
         created = _created(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
-        judge = test or root
+        network, judge = backbones.create(**created), test or root
         found = ablation.run(
             _load(root, split, skip_bad, classes, tags=tags, masks=False),
-            _load(judge, test_split or _test_split(judge), skip_bad, classes),
-            backbones.create(**created),
+            _load(judge, test_split or _test_split(judge), skip_bad, classes, mask_numbers=mask_numbers),
+            network,
             out,
             config,
             samples=counts,
@@ -338,7 +368,7 @@ def _created(
     """The arguments of ``backbones.create``, plain JSON that holds in any folder."""
     chosen: list[Any] | None = None
     if layers is not None:
-        chosen = [part.strip() for part in layers.split(",")]
+        chosen = _listed("layers", layers)
         chosen = [int(part) for part in chosen] if all(part.isdigit() for part in chosen) else chosen
     return {
         "name": name,
@@ -358,11 +388,14 @@ def _load(
     classes: str | None = None,
     *,
     tags: str | None = None,
+    mask_numbers: MaskNumbers | None = None,
     masks: bool = True,
 ) -> TaggedImages:
-    choice = {name: value for name, value in (("split", split), ("tags", tags)) if value is not None}
-    found = data.load(root, masks=masks, skip_bad=skip_bad, **choice)
-    return found if classes is None else found.only([name.strip() for name in classes.split(",")])
+    only = None if classes is None else _listed("classes", classes)
+    choice = {"split": split, "tags": tags, "mask_numbers": mask_numbers and mask_numbers.value}
+    given = {name: value for name, value in choice.items() if value is not None}
+    found = data.load(root, masks=masks, skip_bad=skip_bad, **given)
+    return found if only is None else found.only(only)
 
 
 def _test_split(root: Path) -> str | None:
@@ -370,13 +403,16 @@ def _test_split(root: Path) -> str | None:
     return "val" if voc.find(root) is not None else "val2017" if coco.find(root) is not None else None
 
 
-def _files(paths: list[Path]) -> dict[str, Path]:
-    """The images of ``paths``, which are files or folders of them, by their path in there without the suffix."""
+def _files(paths: list[Path], out: Path | None = None) -> dict[str, Path]:
+    """The images of ``paths``, which are files or folders of them, by their path in there without the suffix.
+
+    In a folder, what is hidden and what is in the folder ``out`` of results do not count.
+    """
     found: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: there is no such file or folder")
-        inner = [path] if path.is_file() else sorted(file for file in path.rglob("*") if is_image(file.name))
+        inner = [path] if path.is_file() else _inside(path, out)
         if not inner:
             raise ValueError(f"{path} holds no image")
         for file in inner:
@@ -384,6 +420,36 @@ def _files(paths: list[Path]) -> dict[str, Path]:
             if found.setdefault(name, file) != file:
                 raise ValueError(f"images must have different names; {found[name]} and {file} are both {name}")
     return found
+
+
+def _inside(folder: Path, out: Path | None) -> list[Path]:
+    results = None if out is None else Path(os.path.relpath(out.resolve(), folder.resolve()))
+    found = []
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        # not where the results are in the folder itself: there is no telling them from images then
+        if is_image(file.name) and not hidden and (results == Path() or results not in inside.parents):
+            found.append(file)
+    return found
+
+
+def _refuse_overwriting(paths: dict[str, Path], out: Path, endings: Sequence[str]) -> None:
+    """Whether every result has a file of its own in ``out``, and none is one of the images."""
+    targets = [out / f"{name}{ending}.png" for name in paths for ending in endings]
+    images = {path.resolve() for path in paths.values()}
+    if lost := [str(target) for target in targets if target.resolve() in images]:
+        raise ValueError(f"out must be another folder: there images would be overwritten, {some(lost)}")
+    if twice := [str(target) for target, count in Counter(targets).items() if count > 1]:
+        raise ValueError(f"results must have different names; of two images would be {some(twice)}")
+
+
+def _tagged(paths: dict[str, Path], name: str, skip_bad: bool) -> TaggedImages:
+    """Files that can be read, by name, all of the class ``name``."""
+    root = Path(os.path.commonpath([path.absolute().parent for path in paths.values()]))
+    return checked(
+        TaggedImages(list(paths), [name], np.ones((len(paths), 1)), list(paths.values())), root, skip_bad=skip_bad
+    )
 
 
 def _crf_is_there() -> bool:
@@ -403,9 +469,9 @@ def _show_localization(segmenter: Any, classes: Sequence[str]) -> None:
 
 
 def _show_times(segmenter: Any, title: str) -> None:
-    times = segmenter.times()[title]
-    told = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in times.items())
-    typer.echo(f"{told}; {sum(times.values()):.1f} s in all")
+    if times := segmenter.times().get(title):
+        told = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in times.items())
+        typer.echo(f"{told}; {sum(times.values()):.1f} s in all")
 
 
 def _percent(value: float | None) -> str:
@@ -422,16 +488,26 @@ def _size(option: str, text: str | None) -> list[int] | None:
         raise ValueError(f"{option} must be HEIGHTxWIDTH such as 256x336, got {text!r}") from None
 
 
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def _listed(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"{option} must be names with commas between them, got {text!r}")
+    return parts
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{option} must be numbers such as 1,2, got {text!r}") from None
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{option} must be {whole}numbers such as 1,2, got {text!r}") from None
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results, report and segmenters.")] = Path("segment-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for results, report and segmenters.", file_okay=False)] = Path(
+        "segment-demo"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Of scenes, weights and orders.")] = 0,
     quick: Annotated[
         bool,

@@ -1,6 +1,7 @@
 import inspect
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 from moe_kernels.cli import segment
 from moe_kernels.models import files
-from moe_kernels.models.segmentation import SegmentConfig, crf, demo, pictures
+from moe_kernels.models.segmentation import SegmentConfig, configuration, crf, demo, pictures
+from moe_kernels.models.segmentation.evaluation import MeanIoU
 
 SMALL = ["--localization-hidden", 16, "--localization-rates", "1e-2,1e-2,1e-2,1e-3", "--hidden", 16, "--batch", 20]
 SMALL += ["--epochs", 20, "--lr", 3e-3, "--device", "cpu"]
@@ -58,6 +60,14 @@ def test_fit_tells_what_it_did_and_may_be_repeated(fitted, voc):
     code, output = call("fit", voc, fitted, "--samples", 7, *SMALL)
     assert code == 1
     assert "samples: 6 there, 7 here" in output
+
+
+def test_a_run_without_its_times_is_read_all_the_same(fitted, voc, tmp_path):
+    run = shutil.copytree(fitted, tmp_path / "run")
+    (run / "times.json").unlink()
+    code, output = call("fit", voc, run, "--samples", 6, *SMALL)
+    assert code == 0, output
+    assert "in all" not in output
 
 
 def test_options_reach_the_configuration(voc, tmp_path, monkeypatch):
@@ -123,8 +133,17 @@ def test_the_options_have_the_configurations_defaults():
                 assert value == "1,5,10,20,50"
             else:
                 assert getattr(value, "value", value) == getattr(config, name), name
-        assert segment._numbers("", parameters["localization_rates"]) == config.localization_rates
+        assert segment._numbers("", parameters["localization_rates"], float) == config.localization_rates
     assert set(vars(config)) <= set(inspect.signature(segment.fit).parameters)
+    for kind, values in (
+        (segment.Loss, configuration.LOSSES),
+        (segment.Strategy, configuration.STRATEGIES),
+        (segment.Penalty, configuration.PENALTIES),
+        (segment.Storage, configuration.STORAGES),
+        (segment.Preprocessing, segment.backbones.PREPROCESSING),
+        (segment.MaskNumbers, segment.coco.MASK_NUMBERS),
+    ):
+        assert [choice.value for choice in kind] == list(values)
 
 
 def test_some_classes_of_the_data_are_enough_and_a_fit_reads_no_mask(voc, tmp_path):
@@ -151,7 +170,9 @@ def test_predict_writes_label_maps_with_a_palette_and_pictures(fitted, voc, tmp_
     first = next(images.glob("2007_000016.*"))
     inner = tmp_path / "inner"
     (inner / "deep").mkdir(parents=True)
-    Image.new("L", (9, 7), 200).save(inner / "deep" / "grey.png")
+    for place in ("deep", ".cache"):
+        (inner / place).mkdir(exist_ok=True)
+        Image.new("L", (9, 7), 200).save(inner / place / "grey.png")
     (inner / "note.txt").write_text("no image")
     code, output = call("predict", fitted, first, inner, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 0, output
@@ -164,9 +185,74 @@ def test_predict_writes_label_maps_with_a_palette_and_pictures(fitted, voc, tmp_
         np.testing.assert_array_equal(np.asarray(found), expected)
         colours = np.array(found.getpalette()).reshape(-1, 3)
         np.testing.assert_array_equal(colours[: expected.max() + 1], pictures.palette()[: expected.max() + 1])
+    code, output = call("predict", fitted, inner, "--out", inner / "out", "--device", "cpu")
+    again = call("predict", fitted, inner, "--out", inner / "out", "--device", "cpu")
+    assert (code, output) == again, "hidden files and earlier results were read"
+    assert f"1 images: {inner / 'out'}; " in output
     code, output = call("predict", fitted, first, "--out", tmp_path / "bare", "--no-overlay", "--device", "cpu")
     assert code == 0, output
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["2007_000016.png"]
+
+
+def test_predict_overwrites_no_image_and_no_result(fitted, tmp_path):
+    for name in ("a.png", "a-overlay.png", "b.jpg"):
+        Image.new("L", (9, 7), 200).save(tmp_path / name)
+    before = (tmp_path / "a.png").read_bytes()
+    code, output = call("predict", fitted, tmp_path, "--out", tmp_path, "--device", "cpu")
+    assert code == 1
+    assert "out must be another folder: there images would be overwritten" in output
+    code, output = call("predict", fitted, tmp_path, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 1
+    assert f"results must have different names; of two images would be {tmp_path / 'out' / 'a-overlay.png'}" in output
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-overlay.png", "a.png", "b.jpg"]
+    code, output = call("predict", fitted, tmp_path / "a.png", "--out", tmp_path / "b.jpg")
+    assert code == 2
+    assert "is a file" in output
+
+
+def test_evaluate_takes_masks_of_a_plain_folder_by_their_names(fitted, voc, tmp_path):
+    names = toy_voc.names("val")
+    for place in ("images", "masks"):
+        (tmp_path / place).mkdir()
+    for number, name in enumerate(names, toy_voc.TRAIN):
+        picture, mask, _ = toy_voc.draw(number)
+        Image.fromarray(picture).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "tags.csv").write_text("file,tags\n" + "".join(f"{name},\n" for name in names))
+    code, output = call("evaluate", fitted, tmp_path, "--device", "cpu")
+    assert code == 1
+    assert "nothing says what their numbers stand for: write class_names.txt" in output
+    (tmp_path / "class_names.txt").write_text("\n".join(toy_voc.CLASSES))
+    code, output = call("evaluate", fitted, tmp_path, "--device", "cpu", "--out", tmp_path / "found.json")
+    assert code == 0, output
+    segmenter, metric = segment.segmentation.Segmenter.load(fitted), MeanIoU(toy_voc.CLASSES)
+    for number in range(toy_voc.TRAIN, toy_voc.TRAIN + toy_voc.VAL):
+        picture, mask, _ = toy_voc.draw(number)
+        metric.update(segmenter.predict(Image.fromarray(picture)), mask)
+    assert files.read_json(tmp_path / "found.json")["plain"]["classes"] == metric.compute()[1]
+
+
+def test_mask_numbers_reach_cocos_layout(fitted, voc, tmp_path):
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "masks" / "val2017").mkdir(parents=True)
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (9, 7)).save(tmp_path / "val2017" / "a.jpg")
+    Image.new("L", (9, 7), 90).save(tmp_path / "masks" / "val2017" / "a.png")
+    content = {"categories": [{"id": 3, "name": "disc"}, {"id": 90, "name": "ring"}]}
+    content |= {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
+    files.write_json(tmp_path / "annotations" / "instances_val2017.json", content)
+    arguments = ["evaluate", fitted, tmp_path, "--device", "cpu", "--out", tmp_path / "found.json"]
+    code, output = call(*arguments)
+    assert code == 1
+    assert "unknown label 90" in output
+    code, output = call(*arguments, "--mask-numbers", "id")
+    assert code == 0, output
+    assert files.read_json(tmp_path / "found.json")["images"] == 1
+    for command in (["evaluate", fitted, voc], ["ablate", voc, tmp_path / "out"]):
+        code, output = call(*command, "--mask-numbers", "id", "--device", "cpu")
+        assert code == 1
+        assert "has the layout of voc, for which there is no mask_numbers" in output
 
 
 def test_evaluate_tells_iou_with_and_without_crf(fitted, voc, monkeypatch):
@@ -210,21 +296,32 @@ def test_classes_are_added_from_files_and_from_tagged_data(fitted, voc, tmp_path
         pixels = np.random.default_rng(number).integers(0, 90, (30, 40, 3), np.uint8)
         pixels[5:20, 5:25] = (250, 120, 0)
         Image.fromarray(pixels).save(new / f"{number}.png")
+    (new / "deep").mkdir()
+    shutil.move(new / "4.png", new / "deep" / "0.png")
+    code, output = call("add-class", run, "orange", new, "--split", "val")
+    assert code == 1
+    assert "split and tags are choices for one folder of tagged data" in output
     code, output = call("add-class", run, "orange", new, "--device", "cpu")
     assert code == 0, output
     assert f"5 classes: {run}" in output
     assert re.search(r"localization [\d.]+ s, .* in all", output)
 
     folder = tmp_path / "tagged"
-    shutil.copytree(new, folder / "images")
-    (folder / "tags.csv").write_text("file,tags\n0.png,apricot\n1.png,apricot;orange\n2.png,\n3.png,orange\n4.png,\n")
+    (folder / "images").mkdir(parents=True)
+    for number in range(4):
+        with Image.open(new / f"{number}.png") as image:
+            image.transpose(Image.Transpose.ROTATE_180).save(folder / "images" / f"{number}.png")
+    (folder / "tags.csv").write_text("file,tags\n0.png,apricot\n1.png,apricot;orange\n2.png,\n3.png,orange\n")
     code, output = call("add-class", run, "apricot", folder, "--device", "cpu")
     assert code == 0, output
     segmenter = segment.segmentation.Segmenter.load(run)
     assert segmenter.classes == (*toy_voc.CLASSES, "orange", "apricot")
     assert [len(part.tags) for part in segmenter.parts()] == [toy_voc.TRAIN, 5, 2]
-    assert set(segmenter.samples("1")[1]) == {0, 5, 6}
+    assert set(segmenter.samples("apricot/1")[1]) == {0, 5, 6}
 
+    code, output = call("add-class", shutil.copytree(fitted, tmp_path / "other"), "disc", voc, "--tags", "nothing")
+    assert code == 1
+    assert "tags must be one of xml, masks, got 'nothing'" in output
     for arguments, message in (
         (["orange", new], "class orange is there already"),
         (["lemon", tmp_path / "nowhere"], "there is no such file or folder"),
@@ -283,6 +380,8 @@ def test_bad_images_stop_or_are_left_out(voc, tmp_path):
         (["--localization-rates", "1e-4;1e-5"], "localization-rates must be numbers such as 1,2, got '1e-4;1e-5'"),
         (["--image-size", "256"], "image-size must be HEIGHTxWIDTH such as 256x336, got '256'"),
         (["--split", "nowhere"], "nowhere"),
+        (["--layers", ""], "layers must be names with commas between them, got ''"),
+        (["--classes", "disc,"], "classes must be names with commas between them, got 'disc,'"),
         (["--device", "tpu9"], "device must be auto, cpu, cuda or cuda:<index>, got 'tpu9'"),
     ],
 )
@@ -292,6 +391,46 @@ def test_what_a_user_can_mend_is_one_sentence(voc, tmp_path, arguments, message)
     assert output.startswith("error: ")
     assert message in output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("samples", ["inf", "2.7"])
+def test_the_numbers_of_samples_are_whole(voc, tmp_path, samples):
+    code, output = call("ablate", voc, tmp_path / "out", "--samples", samples)
+    assert (code, output) == (1, f"error: samples must be whole numbers such as 1,2, got '{samples}' ")
+
+
+def test_the_backbone_is_made_before_images_are_looked_at(tmp_path, monkeypatch):
+    def fail(**created):
+        raise FileNotFoundError("there are no such weights")
+
+    monkeypatch.setattr(segment.backbones, "create", fail)
+    for command in ("fit", "ablate"):
+        assert call(command, tmp_path / "nowhere", tmp_path / "out") == (1, "error: there are no such weights ")
+
+
+def test_an_interruption_says_what_the_same_command_does(fitted, voc, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment.segmentation.Segmenter, "load", interrupt)
+    monkeypatch.setattr(segment.segmentation, "fit", interrupt)
+    for command, what in (
+        (["evaluate", fitted, voc], "begins anew"),
+        (["predict", fitted, voc / "JPEGImages", "--out", tmp_path], "begins anew"),
+        (["fit", voc, tmp_path], "goes on from here"),
+    ):
+        assert call(*command, "--device", "cpu") == (130, f"interrupted; the same command {what} ")
+
+
+def test_a_warning_is_its_text_alone():
+    with segment.one_sentence():
+        assert warnings.formatwarning(UserWarning("left out"), UserWarning, "a.py", 3) == "warning: left out\n"
+    assert "a.py" in warnings.formatwarning(UserWarning("left out"), UserWarning, "a.py", 3)
+
+
+def test_help_names_the_extra():
+    for command in ("predict", "evaluate", "ablate"):
+        assert "needs the extra crf" in call(command, "--help")[1]
 
 
 def test_runs_and_data_that_are_none(fitted, tmp_path):

@@ -13,7 +13,7 @@ from .pixels import labels
 from .tagged import TaggedImages, checked
 
 EXPECTED = "annotations/instances_<split>.json and <split>/*.jpg, perhaps SegmentationClass/<split>/*.png"
-_MASK_NUMBERS = ("position", "id")
+MASK_NUMBERS = ("position", "id")
 
 
 def find(root: Path) -> Path | None:
@@ -46,8 +46,8 @@ def load(
         ValueError: no such json, one that is not COCO's or names no image, an id that is of nothing or of two things,
             or files that cannot be read (all are named).
     """
-    if mask_numbers not in _MASK_NUMBERS:
-        raise ValueError(f"mask_numbers must be one of {', '.join(_MASK_NUMBERS)}, got {mask_numbers!r}")
+    if mask_numbers not in MASK_NUMBERS:
+        raise ValueError(f"mask_numbers must be one of {', '.join(MASK_NUMBERS)}, got {mask_numbers!r}")
     root = Path(os.path.abspath(root))
     file = root / "annotations" / f"instances_{split}.json"
     if not file.is_file():

@@ -8,11 +8,14 @@ The table has the two columns ``file`` and ``tags``; several tags are separated 
     wall.jpg,
 
 A row without tags says that none of the classes is there. Where a row has a semicolon its tags may hold spaces.
+What the numbers in the masks stand for is said by class_names.txt, a class a line, from 1: by the tags of the table
+alone, which may lack a class, they would be another's.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -20,9 +23,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ...data.images import EXTENSIONS, is_image, some
+from . import class_names
 from .tagged import TaggedImages, checked
 
-EXPECTED = "images/, tags.csv with the columns file and tags, perhaps masks/<name>.png"
+EXPECTED = "images/, tags.csv with the columns file and tags, perhaps masks/<name>.png and class_names.txt"
 _TABLE = "tags.csv"
 
 
@@ -38,14 +42,15 @@ def load(
 
     Args:
         root: the folder with images/ and tags.csv. A file in the table is a path in images/; its suffix may be missing.
-        classes: in the order of the masks' numbers, from 1; by default the tags in the table, sorted.
+        classes: in the order of the masks' numbers, from 1; by default the lines of class_names.txt (those with a
+            leading _ do not count), or where there is none, and no mask is read, the tags in the table, sorted.
         masks: with the masks.
         skip_bad: leave out images whose picture or mask cannot be read, with a warning.
 
     Raises:
         ValueError: another layout; a table without the two columns or without rows, with a file twice or one that is
             not there; an image that the table does not have; a tag that is not in ``classes``; two images of one name;
-            files that cannot be read (all are named).
+            masks whose numbers nothing explains; files that cannot be read (all are named).
     """
     root = Path(os.path.abspath(root))
     if find(root) is None:
@@ -60,22 +65,29 @@ def load(
             f"{root / _TABLE} says nothing of {len(untold)} images: {some(untold)}; give each a row, "
             "without tags where no class is in it"
         )
-    if classes is None:
+    names = [PurePosixPath(path).with_suffix("").as_posix() for path in found.values()]
+    beside = [root / "masks" / f"{name}.png" for name in names]
+    found_masks = [mask if masks and mask.is_file() else None for mask in beside]
+    classes = class_names.read(root) if classes is None else classes
+    if not classes:
+        if any(found_masks):
+            raise ValueError(
+                f"{root} has masks, and nothing says what their numbers stand for: write {class_names.FILE} there, "
+                "a class a line, in the order of their numbers from 1"
+            )
         classes = sorted({tag for tags in table.values() for tag in tags})
         if not classes:
             raise ValueError(f"{root / _TABLE} has no tag")
     for file, tags in table.items():
         if unknown := [tag for tag in tags if tag not in classes]:
             raise ValueError(f"{root / _TABLE}: {file} has the tag {some(unknown)}; classes are {some(classes)}")
-    names = [PurePosixPath(path).with_suffix("").as_posix() for path in found.values()]
-    beside = [root / "masks" / f"{name}.png" for name in names]
     return checked(
         TaggedImages(
             names,
             classes,
             np.array([[name in tags for name in classes] for tags in table.values()]),
             [root / "images" / path for path in found.values()],
-            [mask if masks and mask.is_file() else None for mask in beside],
+            found_masks,
         ),
         root,
         skip_bad=skip_bad,
@@ -85,8 +97,12 @@ def load(
 def _rows(table: Path) -> dict[str, list[str]]:
     """File → tags, as they stand in the table."""
     rows: dict[str, list[str]] = {}
-    # utf-8-sig: spreadsheets put a mark before the first column's name
-    with open(table, newline="", encoding="utf-8-sig") as file:
+    try:
+        # utf-8-sig: spreadsheets put a mark before the first column's name
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} must be UTF-8: {error}") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         if not {"file", "tags"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{table} must have the columns file and tags, got {some(reader.fieldnames or ())}")

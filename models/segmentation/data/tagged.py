@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -35,7 +36,8 @@ class TaggedImages:
         numbers: what the numbers in mask files stand for (:func:`pixels.labels`), by default themselves.
 
     Raises:
-        ValueError: lengths or shapes that do not fit, the same name twice, a name that is no relative path.
+        ValueError: lengths or shapes that do not fit, the same name twice, a name that is no relative path, a class
+            that :func:`check_class` refuses.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class TaggedImages:
         for what, given in (("images", self._images), ("masks", self._masks)):
             if len(given) != len(self):
                 raise ValueError(f"{what} must be {len(self)}, one a name, got {len(given)}")
+        for name in self.classes:
+            check_class(name)
         for name in self.names:
             path = PurePosixPath(name)
             if not name or path.is_absolute() or ".." in path.parts:
@@ -119,6 +123,15 @@ class TaggedImages:
             content = Path(source).read_bytes()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
+    def digests(self) -> list[str]:
+        """The :meth:`digest` of every image; all files are read.
+
+        Raises:
+            OSError: one cannot be.
+        """
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return list(pool.map(self.digest, range(len(self))))
+
     def subset(self, indices: Iterable[int]) -> TaggedImages:
         """The images ``indices`` in that order, of the same classes."""
         chosen = [int(index) for index in indices]
@@ -129,6 +142,10 @@ class TaggedImages:
     def with_tags(self, tags: np.ndarray) -> TaggedImages:
         """The same images with other ``tags``."""
         return TaggedImages(self.names, self.classes, tags, self._images, self._masks, numbers=self._numbers)
+
+    def renamed(self, names: Sequence[str]) -> TaggedImages:
+        """The same images under other ``names``."""
+        return TaggedImages(names, self.classes, self.tags, self._images, self._masks, numbers=self._numbers)
 
     def only(self, classes: Sequence[str]) -> TaggedImages:
         """All images with the tags of ``classes`` alone, in that order; in masks the other classes are background.
@@ -168,6 +185,19 @@ class TaggedImages:
                 + some([self.names[index] for index in untagged]),
                 stacklevel=2,
             )
+
+
+def check_class(name: str) -> None:
+    """Whether ``name`` can be a class: it is a file's and a folder's name too.
+
+    Raises:
+        ValueError: it is empty, a dot or two, too long, or has blanks around it.
+    """
+    if name in ("", ".", "..") or name != name.strip() or len(quote(name)) > 200:
+        raise ValueError(
+            "the name of a class must not be empty, '.' or '..', nor have blanks around it or more than 200 "
+            f"characters (as in a URL), got {name!r}"
+        )
 
 
 def checked(data: TaggedImages, root: Path, *, skip_bad: bool = False) -> TaggedImages:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ...data.images import is_image, some
+from . import class_names
 from .tagged import TaggedImages, checked, tagged_by_masks
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/<split>.txt, Annotations/*.xml or SegmentationClass/*.png"
@@ -26,7 +27,6 @@ CLASSES = (
 TRAIN_AUG = 10_582
 _AUGMENTED = ("train_aug", "trainaug")
 _TAGS = ("xml", "masks")
-_OWN_CLASSES = "class_names.txt"
 
 
 def find(root: Path) -> Path | None:
@@ -73,7 +73,7 @@ def load(
     if place is None:
         raise ValueError(f"{root} has not the layout of VOC: expected {EXPECTED}")
     names, given = _listed(place, split)
-    classes = tuple(classes) if classes is not None else _classes(place)
+    classes = tuple(classes) if classes is not None else class_names.read(place) or CLASSES
     with os.scandir(place / "JPEGImages") as entries:
         # of several forms of one picture the .jpg, which is VOC's own
         files = sorted(
@@ -143,14 +143,6 @@ def _lists(place: Path, split: str) -> list[Path]:
     raise ValueError(f"there is no list {split!r} in {sets}; there are {some(there)}")
 
 
-def _classes(place: Path) -> tuple[str, ...]:
-    own = place / _OWN_CLASSES
-    if not own.is_file():
-        return CLASSES
-    lines = (line.strip() for line in own.read_text(encoding="utf-8").split("\n"))
-    return tuple(line for line in lines if line and not line.startswith("_"))
-
-
 def _mask(place: Path, name: str, given: Path | None, folders: Sequence[str]) -> Path | None:
     places = [place / folder / f"{name}.png" for folder in folders]
     return next((file for file in ([given] if given else places) if file.is_file()), None)
@@ -165,6 +157,6 @@ def _objects(file: Path, classes: Sequence[str]) -> list[int]:
     if unknown := [name for name in names if name not in classes]:
         raise ValueError(
             f"{file}: {some(unknown)} is none of the classes, which are {some(classes)}; name others in classes= or "
-            f"{_OWN_CLASSES}"
+            f"{class_names.FILE}"
         )
     return [classes.index(name) for name in names]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from toy_segmentation import CLASSES, CONFIG, toy_backbone, toy_images
 
-from moe_kernels.models import report
+from moe_kernels.models import files, report
 from moe_kernels.models.segmentation import ablation, fit
 from moe_kernels.models.segmentation.data import TaggedImages
 
@@ -74,6 +74,29 @@ def test_it_goes_on_where_it_was(compared, backbone, monkeypatch, tmp_path):
         compare(tmp_path, backbone)
     assert compare(tmp_path, backbone) == before
     assert sorted(calls) == sorted([*NAMES, calls[2]])
+
+
+def test_results_of_other_test_images_do_not_count(compared):
+    images, masks = ([np.asarray(given(index)) for index in range(len(TEST))] for given in (TEST.image, TEST.mask))
+    changed = [images[0] + 1, *images[1:]], [255 - masks[0], *masks[1:]]
+    others = [
+        TaggedImages(TEST.names, TEST.classes, TEST.tags, changed[0], masks),
+        TaggedImages(TEST.names, TEST.classes, TEST.tags, images, changed[1], numbers=np.zeros(256, np.int16)),
+        TEST.only(TEST.classes[::-1]),
+        TEST.only(TEST.classes[:2]),
+        TEST.subset(range(3)),
+    ]
+    digests = {ablation._digest(other) for other in (TEST, *others)}
+    assert len(digests) == 6
+    same = TaggedImages(TEST.names, TEST.classes, TEST.tags, images, masks)
+    assert ablation._digest(same) == ablation._digest(TEST)
+    out, _ = compared
+    told = files.read_json(out / NAMES[0] / "evaluation.json")["run"]
+    assert (
+        told["test"]
+        == files.read_json(out / NAMES[0] / "maps-evaluation.json")["run"]["test"]
+        == ablation._digest(TEST)
+    )
 
 
 def test_the_tables(compared):

@@ -332,8 +332,14 @@ def test_what_does_not_work_is_said_at_once(tmp_path, vgg, features_only):
         backbones.create("vgg16", file)
     with pytest.raises(ValueError, match=r"does not fit ResNet"):
         backbones.create("test_resnet", features_only)
-    with pytest.raises(FileNotFoundError):
-        backbones.create("vgg16", tmp_path / "nowhere.pth")
+    for layers in (["layer1"], [""], [0.5]):
+        with pytest.raises(ValueError, match=r"layers must be numbers in 0 … "):
+            backbones.create("test_resnet", file, layers=layers)
+    with pytest.raises(ValueError, match=r"layers of VGG-16 are .*; got 1$"):
+        backbones.create("vgg16", features_only, layers=[1])
+    for name in ("vgg16", "test_resnet"):
+        with pytest.raises(FileNotFoundError, match=r"weights .*nowhere.pth: there is no such file; a segmenter needs"):
+            backbones.create(name, tmp_path / "nowhere.pth")
     other = {name: tensor for name, tensor in vgg.items() if name.startswith("features")}
     with pytest.raises(ValueError, match=r"here does not fit VGG-16: features.28.bias is \(3,\)"):
         backbones.VGG16.from_state(other | {"features.28.bias": torch.zeros(3)}, "here")

@@ -192,7 +192,32 @@ def test_too_little_room_is_said_before_anything_is_computed(tmp_path, monkeypat
     kept.fill(dataset())
 
 
+def test_features_of_another_image_of_the_same_name(tmp_path):
+    kept, data, other = cache.FeatureCache(tmp_path, wrap()), dataset(3), dataset(3, seed=1)
+    kept.fill(data)
+    kept.fill(other.subset([1]))
+    assert kept.lacking(dict(zip(data.names, data.digests(), strict=True)) | {"new": "1"}) == ["part/1", "new"]
+    kept.features("part/0", data.digest(0))
+    kept.features("part/1", other.digest(1))
+    with pytest.raises(ValueError, match=r"part/1\.safetensors is of another image of the same name"):
+        kept.features("part/1", data.digest(1))
+
+
+def test_names_too_long_for_a_file_system(tmp_path):
+    names = ["ä" * 120, "part/" + "x" * 255, "part/" + "x" * 256]
+    kept, data = cache.FeatureCache(tmp_path, wrap()), dataset(3).renamed(names)
+    kept.fill(data)
+    for index, name in enumerate(names):
+        torch.testing.assert_close(kept.features(name).image, wrap().features(data.image(index)).image.half())
+
+
 def test_what_cannot_be_a_cache(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match="link leads to gone, which is not there"):
+        cache.FeatureCache(tmp_path / "link", wrap())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file must be a folder for features"):
+        cache.FeatureCache(tmp_path / "file", wrap())
     with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, got int8"):
         cache.FeatureCache(tmp_path, wrap(), torch.int8)
     files.write_json(tmp_path / "features.json", {})

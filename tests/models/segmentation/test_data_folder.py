@@ -59,11 +59,17 @@ def test_masks_lie_beside(tmp_path):
     (root / "masks" / "sub").mkdir(parents=True)
     mask = np.resize(np.array([0, 1, 4, 255], np.uint8), (9, 12))
     Image.fromarray(mask).save(root / "masks" / "sub" / "kitchen.png")
+    with pytest.raises(ValueError, match=r"nothing says what their numbers stand for: write class_names.txt"):
+        folder.load(root)
+    (root / "class_names.txt").write_text("_background_\nperson\ndog\n\ncow\nchair\ndining table\n")
     found = folder.load(root)
+    assert found.classes == ("person", "dog", "cow", "chair", "dining table")
+    assert found.tags[1].tolist() == [False, False, False, True, True]
     assert [found.mask(index) is None for index in range(4)] == [True, False, True, True]
     assert np.array_equal(found.mask(1), mask)
     with pytest.raises(ValueError, match=r"masks/sub/kitchen.png: unknown label 4; known are 0–2, 255"):
-        folder.load(write(root, "file,tags\nbeach,a\nsub/kitchen,b\nwall,\ncat,\n"))
+        folder.load(write(root, "file,tags\nbeach,a\nsub/kitchen,b\nwall,\ncat,\n"), classes=["a", "b"])
+    (root / "class_names.txt").unlink()
     assert not folder.load(root, masks=False).has_masks
 
 
@@ -117,4 +123,20 @@ def test_a_folder_of_no_layout_says_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
         data.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is no plain folder of tagged images: expected images/, tags.csv"):
+        folder.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "file"), [("latin-1", "tags.csv"), ("utf-16", "tags.csv"), ("utf-16", "class_names.txt")]
+)
+def test_text_of_another_encoding_is_named(tmp_path, encoding, file):
+    root = write(tmp_path)
+    (root / file).write_bytes("file,tags\nbeach,bär\n".encode(encoding))
+    with pytest.raises(ValueError, match=rf"{file} must be UTF-8: "):
+        folder.load(root)
+
+
+def test_names_of_classes_are_some(tmp_path):
+    (write(tmp_path) / "class_names.txt").write_text("_background_\n")
+    with pytest.raises(ValueError, match=r"class_names.txt must have a line for each class, got none"):
         folder.load(tmp_path)

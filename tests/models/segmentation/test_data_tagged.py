@@ -66,6 +66,7 @@ def test_digests_tell_images_apart(tmp_path):
     given = arrays()
     data = TaggedImages(**given)
     assert len({data.digest(index) for index in range(4)}) == 4
+    assert data.digests() == [data.digest(index) for index in range(4)]
     flat = given["images"][0].reshape(8, 5, 3)
     other = TaggedImages(**(given | {"images": [flat, *given["images"][1:]]}))
     assert other.digest(0) != data.digest(0)
@@ -83,6 +84,21 @@ def test_a_subset_keeps_classes_and_order():
     assert data.image(0).size == (8, 8)
     assert data.mask(1).shape == (6, 8)
     assert len(data.subset([])) == 0
+
+
+def test_other_names():
+    data = TaggedImages(**arrays())
+    renamed = data.renamed([f"new/{name}" for name in data.names])
+    assert renamed.names == ("new/n0", "new/n1", "new/n2", "new/n3")
+    assert renamed.digests() == data.digests()
+    assert np.array_equal(renamed.tags, data.tags)
+    assert np.array_equal(renamed.mask(2), data.mask(2))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", " cow", "cow\n", "x" * 201, "牛" * 23])
+def test_names_that_no_class_can_have(name):
+    with pytest.raises(ValueError, match=r"the name of a class must not be empty, .* got '"):
+        TaggedImages(**(arrays() | {"classes": ("cat", "dog", name)}))
 
 
 def test_only_some_classes(tmp_path):

@@ -182,6 +182,21 @@ def test_finished_networks_are_read_back_and_others_refused(tmp_path):
         localization.load(tmp_path, "cat")
 
 
+def test_networks_of_other_pictures_are_refused_or_trained_anew(tmp_path):
+    old, new = (
+        [replace(task, digests={name: f"{name} {version}" for name in NAMES[:1]})]
+        for version in ("old", "new")
+        for task in localization.tasks(NAMES, CLASSES, TAGS)[:1]
+    )
+    train(tmp_path, old)
+    with pytest.raises(ValueError, match=r"was trained otherwise:\n  positives: others there than here\nAsk"):
+        train(tmp_path, new)
+    steps = []
+    train(tmp_path, new, replace=True, on_step=lambda *step: steps.append(step))
+    assert steps
+    train(tmp_path, new)
+
+
 def test_a_class_without_images_of_one_kind_is_named():
     with pytest.raises(ValueError, match="class unicorn has no image"):
         Task("unicorn", (), NAMES)

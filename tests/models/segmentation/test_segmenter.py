@@ -16,6 +16,7 @@ from moe_kernels.models.segmentation import Segmenter, TaggedImages, fit, stages
 from moe_kernels.models.segmentation.sampling import normalized
 
 ADDED = "blue"
+QUICK = replace(CONFIG, epochs=1, localization_rates=(1e-2,))
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +183,16 @@ def test_images_of_any_mode_and_their_files(fitted, backbone, tmp_path):
     deep = Image.fromarray(np.asarray(colours.convert("L")).astype(np.uint16) * 257)
     grey = segmenter.probabilities(colours.convert("L"))
     torch.testing.assert_close(segmenter.probabilities(deep), grey)
+    np.testing.assert_array_equal(segmenter.predict(np.asarray(colours)), segmenter.predict(colours))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         segmenter.predict(tmp_path / "nowhere.png")
+    for wrong in (np.zeros((5, 4, 3)), np.zeros((5, 4), np.uint8)):
+        with pytest.raises(TypeError, match=r"an array must be an image uint8 \(h, w, 3\), got (float64|uint8) \(5, 4"):
+            segmenter.predict(wrong)
+    with pytest.raises(TypeError, match=r"image must be an image, its file or an array .* got NoneType"):
+        segmenter.predict(None)
+    with pytest.raises(ValueError, match="nets must be of at least one class, got none"):
+        segmenter.localize(colours, {})
 
 
 def test_features_are_shared_by_segmenters_of_one_backbone(tmp_path, backbone, monkeypatch):
@@ -195,8 +204,42 @@ def test_features_are_shared_by_segmenters_of_one_backbone(tmp_path, backbone, m
         patch.setattr(type(backbone), "forward", interrupt)
         two = fit(data, backbone, tmp_path / "two", config, features=shared, progress=False)
     torch.testing.assert_close(two.classifier.state_dict(), alone.classifier.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="holds features of toy"):
-        fit(data, toy_backbone(grid=(4, 5)), tmp_path / "three", config, features=shared, progress=False)
+    for name, features, other, message in (
+        ("three", shared, {"backbone": toy_backbone(grid=(4, 5))}, "holds features of toy"),
+        ("three", tmp_path / "alone", {}, "is not empty and no cache of features"),
+        (
+            "one",
+            tmp_path / "others",
+            {},
+            r"one/features is there already, and is not .*others: name the folder that it is \(\.\./features\)",
+        ),
+        ("alone", shared, {}, "alone/features is there already, and is not .*: .* or delete it"),
+    ):
+        given = {"dataset": data, "backbone": backbone, "config": config} | other
+        given["config"] = replace(config, samples=2) if name == "one" else config
+        with pytest.raises(ValueError, match=message):
+            fit(folder=tmp_path / name, features=features, progress=False, **given)
+    assert [path.name for path in (tmp_path / "three").iterdir()] == [".lock"]
+
+
+def test_a_link_to_features_that_leads_nowhere(tmp_path, backbone):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "features").symlink_to("../gone")
+    with pytest.raises(FileNotFoundError, match=r"features leads to \.\./gone, which is not there"):
+        fit(toy_images(8), backbone, tmp_path / "run", QUICK, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file must be a folder for the segmenter"):
+        fit(toy_images(8), backbone, tmp_path / "file", QUICK, progress=False)
+
+
+def test_features_of_another_set_with_the_same_names_are_refused(tmp_path, backbone, blue):
+    shared = tmp_path / "features"
+    segmenter = fit(toy_images(8, CLASSES[:2]), backbone, tmp_path / "one", QUICK, features=shared, progress=False)
+    fit(toy_images(8), backbone, tmp_path / "two", QUICK, features=shared, progress=False)
+    before = content(segmenter.folder)
+    with pytest.raises(ValueError, match=r"needs the features of \d images that .* has of others of the same name"):
+        segmenter.add_class(ADDED, blue, progress=False)
+    assert content(segmenter.folder) == before
 
 
 def test_storage_in_float32(tmp_path, backbone):
@@ -232,7 +275,7 @@ def test_a_class_is_added_and_the_others_are_untouched(copy, fitted, backbone, b
     assert copy.parts()[1].highest().keys() > {ADDED}
     assert copy.localize(blue.image(0)).shape == (3, 36, 45)
     # the tags of old classes count in the new images
-    two = next(name for name, row in zip(blue.names, blue.tags, strict=True) if row.sum() == 2)
+    two = next(f"blue/{name}" for name, row in zip(blue.names, blue.tags, strict=True) if row.sum() == 2)
     assert len(set(copy.samples(two)[1])) == 3
     assert len(set(copy.samples("0")[1])) == 2
     torch.testing.assert_close(
@@ -245,7 +288,7 @@ def test_an_added_class_is_localized_as_if_it_had_been_there(copy, backbone, blu
     copy.add_class(ADDED, blue, progress=False)
     old = toy_images(16, CLASSES[:2])
     everything = TaggedImages(
-        [*old.names, *blue.names],
+        [*old.names, *(f"blue/{name}" for name in blue.names)],
         CLASSES,
         np.concatenate([np.pad(old.tags, ((0, 0), (0, 1))), blue.tags]),
         [np.asarray(data.image(number)) for data in (old, blue) for number in range(len(data))],
@@ -266,8 +309,10 @@ def test_images_with_the_tag_are_never_negatives(copy, blue, monkeypatch):
     copy.add_class("navy", [blue.image(3)], progress=False)
     ((first,), (second,)) = seen
     old = {str(number) for number in range(16)}
-    assert (set(first.positives), set(first.negatives)) == (set(blue.names), old)
-    assert (set(second.positives), set(second.negatives)) == ({"navy/0"}, old | set(blue.names[3:]))
+    names = [f"blue/{name}" for name in blue.names]
+    assert (set(first.positives), set(first.negatives)) == (set(names), old)
+    # nor the picture itself, which is there as another class's
+    assert (set(second.positives), set(second.negatives)) == ({"navy/0"}, old | set(names[4:]))
 
 
 def test_a_class_from_files_and_from_images(copy, blue, tmp_path):
@@ -296,11 +341,23 @@ def test_classes_that_cannot_be_added(copy, fitted, blue):
         ("background", blue, "class background is there already"),
         ("owl", blue, "images must have the tag owl; their tags are red, green, blue"),
         ("owl", [], "at least one of class owl, got none"),
-        ("blue", toy_images(8), "images must have new names; those of the segmenter have 1, 2, 5 too"),
+        ("..", [blue.image(0)], r"the name of a class must not be .* got '\.\.'"),
+        ("", [blue.image(0)], "the name of a class must not be empty"),
+        (" owl", [blue.image(0)], "the name of a class must not .* got ' owl'"),
+        ("ö" * 40, [blue.image(0)], "the name of a class must not .* more than 200"),
+        ("owl", "owl.png", "images must be a sequence of images or files, got one str"),
+        ("owl", blue.image(0), "images must be a sequence of images or files, got one Image"),
+        ("owl", [3], "image must be an image, its file or an array .* got int"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             copy.add_class(name, images, progress=False)
     assert content(copy.folder) == before
+
+
+def test_names_of_new_images_are_new(tmp_path, backbone):
+    segmenter = fit(toy_images(8, CLASSES[:2], "blue/"), backbone, tmp_path, QUICK, progress=False)
+    with pytest.raises(ValueError, match="images must have new names; those of the segmenter have blue/1, blue/2, bl"):
+        segmenter.add_class(ADDED, toy_images(8), progress=False)
 
 
 def test_an_addition_that_was_given_up_leaves_no_trace(copy, fitted, backbone, blue, tmp_path):
@@ -321,6 +378,47 @@ def test_an_addition_that_was_given_up_leaves_no_trace(copy, fitted, backbone, b
 
 def interrupt(*args, **options):
     raise KeyboardInterrupt
+
+
+def repainted(data):
+    """Other pictures of the same names and tags."""
+    images = [255 - np.asarray(data.image(number)) for number in range(len(data))]
+    return TaggedImages(data.names, data.classes, data.tags, images)
+
+
+@pytest.mark.parametrize("stage", ["localization", "points", "classifier"])
+def test_an_interrupted_addition_begins_anew_with_other_images(copy, fitted, backbone, blue, tmp_path, stage):
+    interrupted = {"points": "collect"}.get(stage, "train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(getattr(stages, stage), interrupted, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            copy.add_class(ADDED, repainted(blue), progress=False)
+    copy.add_class(ADDED, blue, progress=False)
+    other = Segmenter.load(shutil.copytree(fitted, tmp_path / "other"), backbone)
+    other.add_class(ADDED, blue, progress=False)
+    assert content(other.folder) == content(copy.folder)
+
+
+def test_a_segmenter_that_another_extended_has_to_be_loaded_again(copy, backbone, blue):
+    stale = Segmenter.load(copy.folder, backbone)
+    copy.add_class(ADDED, blue, progress=False)
+    before = content(copy.folder)
+    with pytest.raises(RuntimeError, match="now knows red, green, blue: load it again"):
+        stale.add_class("navy", [blue.image(0)], progress=False)
+    assert content(copy.folder) == before
+
+
+def test_points_and_features_that_are_missing_are_told_and_come_back(copy, fitted, backbone, blue):
+    data, complete = toy_images(16, CLASSES[:2]), content(fitted)
+    for missing in ("parts/0/points", "features"):
+        shutil.rmtree(copy.folder / missing)
+        (copy.folder / stages.TIMES).unlink()
+        assert copy.times() == {}
+        with pytest.raises(ValueError, match=f"an addition needs .*{missing}.*Delete .*{stages.CLASSIFIER}"):
+            copy.add_class(ADDED, blue, progress=False)
+        (copy.folder / stages.CLASSIFIER).unlink()
+        fit(data, backbone, copy.folder, CONFIG, progress=False)
+        assert content(copy.folder) == complete
 
 
 # -- killed, resumed, refused ------------------------------------------------------------------------------------------
@@ -379,7 +477,8 @@ def test_a_folder_of_another_configuration_is_refused(copy, backbone):
     for change, message in (
         ({"config": replace(CONFIG, samples=5)}, "samples: 4 there, 5 here"),
         ({"dataset": data.subset(range(12))}, "images: 16 there, 12 here"),
-        ({"dataset": data.with_tags(data.tags[:, ::-1])}, "tags: "),
+        ({"dataset": data.with_tags(data.tags[:, ::-1])}, "tags: others there than here"),
+        ({"dataset": repainted(data)}, "pictures: others there than here"),
         ({"dataset": data.only(("green", "red"))}, r"classes: \['red', 'green'\] there, \['green', 'red'\] here"),
         ({"backbone": toy_backbone(image_size=(40, 40))}, r"image_size: \[32, 40\] there, \[40, 40\] here"),
     ):
