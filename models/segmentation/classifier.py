@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from .. import files, runs
 from ..data.splits import seed_hash
-from . import saved
+from . import denormals, saved
 from .ahead import ahead
 from .backbones import Features
 from .configuration import SegmentConfig
@@ -163,6 +163,8 @@ def train(
     on_step(start, total)
     for done, batch in enumerate(ahead(fetch, batches(len(points), config, start), 8), start + 1):
         go(*batch)
+        if not on_gpu and done % denormals.EVERY == 0:
+            denormals.flush_(optimizer)
         if done < total:
             checkpoints.offer(partial(now, done))
         on_step(done, total)

@@ -34,7 +34,7 @@ from moe_kernels.ops.hypercolumn import Pyramid
 
 from .. import files, runs
 from ..data.splits import seed_hash
-from . import saved
+from . import denormals, saved
 from .ahead import ahead
 from .configuration import SegmentConfig
 
@@ -261,6 +261,8 @@ def train(
     pyramids = ahead(features, (image for _, image, _, _ in steps[start:]))
     for done, (pyramid, (epoch, _, places, present)) in enumerate(zip(pyramids, steps[start:], strict=True), start + 1):
         losses[epoch, places] += training.step(epoch, pyramid, places, present)
+        if device.type == "cpu" and done % denormals.EVERY == 0:
+            denormals.flush_(training.optimizer)
         if done < len(steps):
             checkpoints.offer(
                 lambda done=done: {"run": run, "step": done, "losses": losses, **training.state()}  # type: ignore[misc]
