@@ -508,8 +508,6 @@ MOE_DEVICE void sample(Group& group, const Problem& problem, int64_t index) {
   group.barrier();
   // After the last samples of the classes the background still wants the penalties that come of them.
   const int32_t active = image.scratch.active()[0], scored = problem.samples + problem.background;
-  // Without a step there is no other barrier between this read and the next image's preparation.
-  if (active == 0 && !problem.background) group.barrier();
   for (int32_t n = 0; n < scored + (problem.background ? problem.samples : 0); ++n) {
     const int32_t k = n < scored ? n : n - scored, end = n < scored ? active : active + 1;
     for (int32_t first = n < scored ? 0 : active; first < end; first += kColumns) {
@@ -529,6 +527,8 @@ MOE_DEVICE void sample(Group& group, const Problem& problem, int64_t index) {
       });
     });
   });
+  // Without a step no other barrier stands between reading how many classes there are and preparing the next image.
+  if (active == 0 && !problem.background) group.barrier();
 }
 
 }  // namespace moe_kernels::diverse_sampling::cuda

@@ -281,8 +281,8 @@ def test_warps_blocks_and_groups_at_the_same_time(emulator, groups, blocks):
 
 def test_an_image_without_a_step_waits_for_its_group(emulator):
     """Or a block would prepare the next image while another still reads how many classes this one has."""
-    scores, columns = torch.randn(16, 2, 6), features(16, (6, 1), (8,))
-    present = torch.ones(16, 2, dtype=torch.bool)
+    scores, columns = torch.randn(8, 2, 6), features(8, (6, 1), (8,))
+    present = torch.ones(8, 2, dtype=torch.bool)
     present[::2] = False
     case = (scores, present, columns, (6, 1), True, 2, SUM, False)
     at_once, in_turn = Emulated(emulator, 1, 2, at_once=True), Emulated(emulator, 1, 2)
