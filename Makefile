@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/moe-kernels demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/moe-kernels bench

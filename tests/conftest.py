@@ -2,10 +2,6 @@
 
 import os
 
-# The cores are shared out among the processes of pytest -n. Read by torch when it is imported.
-if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
-
 import pytest
 import torch
 from hypothesis import settings
