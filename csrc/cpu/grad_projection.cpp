@@ -31,6 +31,8 @@ constexpr int64_t kSharesEach = 4;    // segments a thread should have at least,
 struct Operand {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
+
+  int64_t size() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 };
 
 struct Item {
@@ -305,18 +307,37 @@ class Phases {
                      [&](int64_t a, int64_t b) { return segments.numel[a] > segments.numel[b]; });
     std::atomic<size_t> next{0};
     on_every_thread([&](int64_t) {
-      for (size_t k = next++; k < whole.size(); k = next++) {
+      for (size_t k = next++, after = next++; k < whole.size(); k = after, after = next++) {
         const int64_t *begin = segments.begin(whole[k]), *end = segments.end(whole[k]);
         for (const int64_t* i = begin; i < end; ++i) {
           for (int64_t c = first_[*i]; c < first_[*i + 1]; ++c) measure(c);
         }
         sum(projection, segments, whole[k]);
+        if (after < whole.size() && segments.numel[whole[after]] > 0)
+          fetch(first_[*segments.begin(whole[after])], true);
         for (const int64_t* i = end; i-- > begin;) {
           for (int64_t c = first_[*i + 1]; c-- > first_[*i];) finish(c);
         }
       }
     });
     over_items(segments.begin(projection.rows), segments.end(projection.rows), true, finish);  // what is left alone
+  }
+
+  // Asks for the beginning of a chunk while the one before it is at work: the processor itself looks ahead within a
+  // tensor only. The second phase reads the states too.
+  void fetch(int64_t c, bool second) const {
+    constexpr int64_t line = 64, most = 1024;
+    const Chunk& chunk = chunks_[c];
+    const Item& item = items_[chunk.item];
+    const auto operand = [&](const Operand& operand) {
+      if (!operand.data) return;
+      const int64_t size = operand.size();
+      const char* from = static_cast<const char*>(operand.data) + chunk.begin * size;
+      const int64_t bytes = std::min(most, (chunk.end - chunk.begin) * size);
+      for (int64_t byte = 0; byte < bytes; byte += line) __builtin_prefetch(from + byte);
+    };
+    operand(item.g), operand(item.w), operand(item.reference);
+    if (second) operand(item.first_state), operand(item.second_state);
   }
 
   void measure(int64_t c) { partial_[c] = chunk_moments(items_[chunks_[c].item], chunks_[c], terms_); }
@@ -350,7 +371,11 @@ class Phases {
     };
     const auto part = [&](int64_t p) {
       const int64_t low = bound(p), high = bound(p + 1);
-      for (int64_t c = low; c < high; ++c) f(backwards ? low + high - 1 - c : c);
+      const auto chunk = [&](int64_t c) { return backwards ? low + high - 1 - c : c; };
+      for (int64_t c = low; c < high; ++c) {
+        if (c + 1 < high) fetch(chunk(c + 1), backwards);
+        f(chunk(c));
+      }
     };
     if (parts == 1) return part(0);
     on_every_thread(part);
@@ -389,7 +414,7 @@ bool skipped(const Projection& projection, const std::optional<Tensor>& found_in
   return true;
 }
 
-Tensor grad_projection_moments(Tensors grads, Tensors references, Tensors params, bool maximize,
+Tensor grad_projection_moments(const Tensors& grads, const Tensors& references, const Tensors& params, bool maximize,
                                std::optional<Tensor> grad_scale) {
   const Terms terms{params.empty() ? Reference::kGiven : Reference::kAnchor, maximize ? -1.0 : 1.0,
                     number_or(grad_scale, "grad_scale", 1)};
@@ -404,8 +429,9 @@ Tensor grad_projection_moments(Tensors grads, Tensors references, Tensors params
   return result;
 }
 
-void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor record, std::vector<int64_t> segments,
-                     Tensor coefficient, int64_t rule, double parameter, bool reduce) {
+void grad_projection(const Tensors& grads, const Tensors& references, const Tensors& params, Tensor record,
+                     const std::vector<int64_t>& segments, Tensor coefficient, int64_t rule, double parameter,
+                     bool reduce) {
   const Terms terms{params.empty() ? Reference::kGiven : Reference::kAnchor, 1, 1};
   std::vector<Item> items = items_of(grads, segments, record.size(0));
   add(items, references, "references", &Item::reference);
@@ -421,11 +447,11 @@ void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor r
   Phases(std::move(items), terms).run(projection_of(record, coefficient, rule, parameter), reduce, update);
 }
 
-void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tensors momentum_buffers, Tensor record,
-                         std::vector<int64_t> segments, bool anchored, Tensor coefficient, int64_t rule,
-                         double parameter, bool reduce, Tensor lr, double momentum, double dampening,
-                         double weight_decay, bool nesterov, bool maximize, bool first_step,
-                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+void grad_projection_sgd(const Tensors& params, const Tensors& grads, const Tensors& references,
+                         const Tensors& momentum_buffers, Tensor record, const std::vector<int64_t>& segments,
+                         bool anchored, Tensor coefficient, int64_t rule, double parameter, bool reduce, Tensor lr,
+                         double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+                         bool first_step, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   const Projection projection = projection_of(record, coefficient, rule, parameter);
   if (skipped(projection, found_inf)) return;
   const Terms terms{anchored ? Reference::kAnchor : Reference::kGiven, maximize ? -1.0 : 1.0,
@@ -448,11 +474,12 @@ void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tens
   Phases(std::move(items), terms).run(projection, reduce, update);
 }
 
-void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Tensors exp_avgs, Tensors exp_avg_sqs,
-                           Tensors steps, Tensor record, std::vector<int64_t> segments, bool anchored,
-                           Tensor coefficient, int64_t rule, double parameter, bool reduce, Tensor lr, double beta1,
-                           double beta2, double eps, double weight_decay, bool maximize,
-                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+void grad_projection_adamw(const Tensors& params, const Tensors& grads, const Tensors& references,
+                           const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, Tensor record,
+                           const std::vector<int64_t>& segments, bool anchored, Tensor coefficient, int64_t rule,
+                           double parameter, bool reduce, Tensor lr, double beta1, double beta2, double eps,
+                           double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                           std::optional<Tensor> found_inf) {
   const Projection projection = projection_of(record, coefficient, rule, parameter);
   if (skipped(projection, found_inf)) return;
   const Terms terms{anchored ? Reference::kAnchor : Reference::kGiven, maximize ? -1.0 : 1.0,

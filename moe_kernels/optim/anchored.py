@@ -14,7 +14,7 @@ from moe_kernels.ops import grad_projection
 from moe_kernels.ops.grad_projection import NEEDS_MOMENTS, SCOPES
 from moe_kernels.optim.alignment import Given, aligned, anchor_copies, with_anchors
 from moe_kernels.optim.arguments import check_number, check_rule
-from moe_kernels.optim.batches import Batch, State, batches, lay_out_state, refuse_sparse
+from moe_kernels.optim.batches import Batch, Batches, State, batches, lay_out_state, refuse_sparse
 from moe_kernels.optim.facts import Facts, facts
 from moe_kernels.optim.moments import Summand, gather_moments_
 from moe_kernels.parallel.sharding import ShardedSum, local, shard_like
@@ -56,6 +56,7 @@ class Anchored(torch.optim.Optimizer):
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
         self.rule, self.scope, self.anchored_only, self.measure = rule, scope, anchored_only, measure
         self._record: Tensor | None = None
+        self._batches: list[Batches] = []
         super().__init__(with_anchors(params, anchor), defaults)
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -112,6 +113,7 @@ class Anchored(torch.optim.Optimizer):
             # From the beginning: torch.distributed.checkpoint takes a state with anchors alone for all that there is.
             if param.requires_grad and self._starts_from_zero(group):
                 self._init_state(param, group)
+        self._batches.append(Batches())
         self._sums = ShardedSum(self._params())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled training loop breaks its graph here
@@ -160,7 +162,7 @@ class Anchored(torch.optim.Optimizer):
             if first and here is not rows:
                 rows.copy_(here)
             counted.add(call.rows.start)
-            call.batch.write_back(grads=call.options["grad_scale"] is not None)
+            call.batch.finish(grads=call.options["grad_scale"] is not None)
         return loss
 
     def facts(self) -> Facts:
@@ -186,7 +188,8 @@ class Anchored(torch.optim.Optimizer):
                     if params[i].grad is not None:
                         self._init_state(params[i], group)
             try:
-                found = batches(params, references, states, state_key=key, first_steps=first_steps)
+                make = self._batches[index].of_step if given is None else batches
+                found = make(params, references, states, state_key=key, first_steps=first_steps)
             except RuntimeError:  # sparse tensors have no strides
                 refuse_sparse(params, self._labels(group))
                 raise
@@ -311,6 +314,7 @@ class Anchored(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._batches = [Batches() for _ in self.param_groups]
         self._sums = ShardedSum(self._params())
 
 

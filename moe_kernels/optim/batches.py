@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,17 +39,20 @@ class Batch:
         self._plain = {torch.nn.Parameter, Tensor}.issuperset(map(type, owners))
         if not self._plain:
             self._localize()
-        strides = [param.stride() for param in self.params]
+        self._strides = _strides(self.params)
         if state_key is None:
             dense = all([param.is_contiguous() or _dense_strides(param) == param.stride() for param in self.params])
         else:  # states are dense
-            dense = [state.stride() for state in self.state(state_key)] == strides
-        if not (
+            dense = _strides(self.state(state_key)) == self._strides
+        laid_out = (
             dense
-            and [grad.stride() for grad in self.grads] == strides
-            and [reference.stride() for reference in self.references] == strides[: len(self.references)]
-        ):
+            and _strides(self.grads) == self._strides
+            and _strides(self.references) == self._strides[: len(self.references)]
+        )
+        if not laid_out:
             self._lay_out()
+        self.renewable = self._plain and laid_out and state_key is not None
+        """Whether nothing of it is a temporary, and states are there whose sizes the operator compares."""
 
     @property
     def device(self) -> torch.device:
@@ -59,10 +63,16 @@ class Batch:
         found = [state[key] for state in self.states]
         return found if self._plain else [local(tensor) for tensor in found]
 
-    def write_back(self, *, grads: bool) -> None:
-        """Copy results out of temporaries: of the parameters, and of the gradients where those were written."""
+    def finish(self, *, grads: bool) -> None:
+        """Copy results out of temporaries, of gradients where those were written; ``zero_grad`` may free these then."""
         for target, temporary in self._params_back + (self._grads_back if grads else []):
             target.copy_(temporary)
+        self.grads = []
+
+    def renew(self, grads: Sequence[Tensor | None]) -> bool:
+        """Take the gradients of the whole group for another step; False where something needs a temporary by now."""
+        self.grads = [grads[i] for i in self.rows]  # type: ignore[misc]
+        return _strides(self.grads) == self._strides == _strides(self.params)
 
     def _localize(self) -> None:
         for i, (owner, grad) in enumerate(zip(self.owners, self.grads, strict=True)):
@@ -82,6 +92,37 @@ class Batch:
                 self.references[i] = _relaid(self.references[i], strides, [])
         for owner, state in zip(self.owners, self.states, strict=True):
             lay_out_state(owner, state)
+
+
+class Batches:
+    """The batches of one parameter group, kept from step to step as long as the same tensors are in them."""
+
+    def __init__(self) -> None:
+        self._tensors: list[object] = []
+        self._kept: list[Batch] = []
+
+    def of_step(
+        self,
+        params: Sequence[Tensor],
+        references: Sequence[Tensor | None],
+        states: Sequence[State],
+        *,
+        state_key: str | None,
+        first_steps: Sequence[bool] | None,
+    ) -> list[Batch]:
+        """As :func:`batches`, for the price of a look at every tensor where nothing changed."""
+        grads = [param.grad for param in params]
+        tensors: list[object] = [*params, *references, *(grad is None for grad in grads), *(first_steps or ())]
+        if state_key is not None:
+            tensors += [state.get(state_key) for state in states]
+        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        if same and all([batch.renew(grads) for batch in self._kept]):
+            return self._kept
+        found = batches(params, references, states, state_key=state_key, first_steps=first_steps)
+        keep = all(batch.renewable for batch in found)
+        self._tensors = tensors if keep else []
+        self._kept = found if keep else []
+        return found
 
 
 def batches(
@@ -147,6 +188,10 @@ def lay_out_state(param: Tensor, state: State) -> None:
     for key, value in state.items():
         if value.shape == param.shape and local(value).stride() != strides:
             state[key] = copy_like(value, param)
+
+
+def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tensor.stride() for tensor in tensors]
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -91,5 +91,5 @@ def project_gradients_(
         )
         if i == 0 and here is not record:
             record.copy_(here)
-        batch.write_back(grads=True)
+        batch.finish(grads=True)
     return facts(record, rule, parameter)

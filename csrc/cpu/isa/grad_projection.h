@@ -21,16 +21,17 @@ void add_moments(const A* g, const A* w, const A* reference, int64_t n, Moments&
     V dot[4] = {}, loss[4] = {}, regularizer[4] = {};
     int64_t i = begin;
     for (; i + width <= end; i += width) {
+      const int64_t ahead = std::min(i + kAhead, n - width);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < 4; ++j) {
-        __builtin_prefetch(g + i + j * lanes + kAhead);
+        __builtin_prefetch(g + ahead + j * lanes);
         const V x = *reinterpret_cast<const U*>(g + i + j * lanes);
         loss[j] += x * x;
         if constexpr (kReference != Reference::kNone) {
-          __builtin_prefetch(reference + i + j * lanes + kAhead);
+          __builtin_prefetch(reference + ahead + j * lanes);
           V y = *reinterpret_cast<const U*>(reference + i + j * lanes);
           if constexpr (kReference == Reference::kAnchor) {
-            __builtin_prefetch(w + i + j * lanes + kAhead);
+            __builtin_prefetch(w + ahead + j * lanes);
             y = *reinterpret_cast<const U*>(w + i + j * lanes) - y;
           }
           dot[j] += x * y;
