@@ -33,10 +33,10 @@ struct Weights {
   double a, b;
 };
 
-// d = a g + b λ r. No epsilon: every division stands behind a test that its divisor passes only when it is not zero.
+// d = a g + b λ r. No epsilon: what a division would not survive is no conflict, and sums that are not finite are none.
 MOE_HOST_DEVICE inline Weights weights(Rule rule, double parameter, const Moments& m) {
-  const double against = m.dot < 0 ? m.dot : 0;
-  const double loss = against < 0 ? against / m.loss : 0, regularizer = against < 0 ? against / m.regularizer : 0;
+  const double infinity = INFINITY, against = m.dot < 0 && m.dot > -infinity ? m.dot : 0;
+  const double loss = m.loss > 0 ? against / m.loss : 0, regularizer = m.regularizer > 0 ? against / m.regularizer : 0;
   switch (rule) {
     case Rule::kNone:
       return {1, 0};
@@ -52,15 +52,23 @@ MOE_HOST_DEVICE inline Weights weights(Rule rule, double parameter, const Moment
       return {1, -parameter * regularizer};
     case Rule::kGradvac: {
       const double norms = std::sqrt(m.loss) * std::sqrt(m.regularizer);
-      const double cosine = norms > 0 ? m.dot / norms : parameter;
+      double cosine = norms > 0 && norms < infinity ? m.dot / norms : parameter;
+      if (cosine < -1) cosine = -1;
       if (!(cosine < parameter)) return {1, 1};
-      const double sine = std::sqrt(cosine < -1 ? 0 : 1 - cosine * cosine);
+      const double sine = std::sqrt(1 - cosine * cosine);
       const double target_sine = std::sqrt(1 - parameter * parameter);
       const double ratio = std::sqrt(m.regularizer) / std::sqrt(m.loss);
       return {1 + ratio * (parameter * sine - cosine * target_sine) / target_sine, 1};
     }
   }
   return {1, 0};
+}
+
+// A weight as a factor of the elements: beside a gradient of the smallest numbers it may not fit into a float.
+template <class A>
+MOE_HOST_DEVICE inline A factor(double weight) {
+  const double largest = sizeof(A) == sizeof(float) ? 3.4028234663852886e38 : 1.7976931348623157e308;
+  return static_cast<A>(weight > largest ? largest : weight < -largest ? -largest : weight);
 }
 
 // Where r comes from: nowhere, given, or 2 (w - w0), of which the kernels compute w - w0.
@@ -80,8 +88,9 @@ MOE_HOST_DEVICE inline A direction(A a, A b, A g, A w, A reference) {
   return a * g + b * raw_reference<kReference>(w, reference);
 }
 
-// torch.optim.SGD with d in the place of the gradient. The step goes along from_gradient d + from_buffer buffer, which
-// is d, the buffer or, for Nesterov, their sum, without a branch.
+// torch.optim.SGD with d in the place of the gradient. The step goes along from_buffer buffer + from_gradient d, which
+// is the buffer, d or, for Nesterov, their sum, without a branch. Of two products compilers fuse the first with the
+// addition: the sums of products stand in the order in which that rounds as torch's kernels do.
 template <class A>
 struct Sgd {
   A lr, weight_decay, keep, rest, from_gradient, from_buffer;
@@ -102,14 +111,14 @@ MOE_HOST_DEVICE inline Sgd<A> sgd_step(double lr, double momentum, double dampen
 // The buffer of a first step comes in as 0.
 template <class A>
 MOE_HOST_DEVICE inline void sgd(const Sgd<A>& s, A d, A& w, A& buffer) {
-  if (s.weight_decay != A(0)) d += s.weight_decay * w;
-  buffer = s.keep * buffer + s.rest * d;
-  w -= s.lr * (s.from_gradient * d + s.from_buffer * buffer);
+  if (s.weight_decay != A(0)) d = s.weight_decay * w + d;
+  buffer = s.rest * d + s.keep * buffer;
+  w -= s.lr * (s.from_buffer * buffer + s.from_gradient * d);
 }
 
 template <class A>
 MOE_HOST_DEVICE inline void sgd(const Sgd<A>& s, A d, A& w) {
-  if (s.weight_decay != A(0)) d += s.weight_decay * w;
+  if (s.weight_decay != A(0)) d = s.weight_decay * w + d;
   w -= s.lr * d;
 }
 
@@ -136,7 +145,7 @@ template <class A>
 MOE_HOST_DEVICE inline void adamw(const AdamW<A>& s, A d, A& w, A& exp_avg, A& exp_avg_sq) {
   w *= s.keep;
   exp_avg += s.beta1_rest * (d - exp_avg);
-  exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_rest * d * d;
+  exp_avg_sq = s.beta2_rest * d * d + s.beta2 * exp_avg_sq;
   w -= s.step_size * exp_avg / (std::sqrt(exp_avg_sq) / s.bias2_root + s.eps);
 }
 

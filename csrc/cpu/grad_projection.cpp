@@ -225,7 +225,7 @@ void by_update(const Item& item, const Chunk& chunk, const Terms& terms, const F
         MOE_BY_ISA(unscale, g.data(), static_cast<A>(terms.scale), n);
         g.store();
       }
-      f(kind, item, g, begin, n, static_cast<A>(factors.a), static_cast<A>(factors.b));
+      f(kind, item, g, begin, n, factor<A>(factors.a), factor<A>(factors.b));
     });
   });
 }

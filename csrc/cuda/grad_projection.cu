@@ -229,7 +229,7 @@ Rows rows_of(const Tensor& record) {
 
 // ---- The operators
 
-Tensor grad_projection_moments(Tensors grads, Tensors references, Tensors params, bool maximize,
+Tensor grad_projection_moments(const Tensors& grads, const Tensors& references, const Tensors& params, bool maximize,
                                std::optional<Tensor> grad_scale) {
   const auto count = static_cast<int64_t>(grads.size());
   STD_TORCH_CHECK(count > 0, "grads: expected at least one tensor");
@@ -249,8 +249,9 @@ Tensor grad_projection_moments(Tensors grads, Tensors references, Tensors params
   return result;
 }
 
-void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor record, std::vector<int64_t> segments,
-                     Tensor coefficient, int64_t rule, double parameter, bool reduce) {
+void grad_projection(const Tensors& grads, const Tensors& references, const Tensors& params, Tensor record,
+                     const std::vector<int64_t>& segments, Tensor coefficient, int64_t rule, double parameter,
+                     bool reduce) {
   Operands operands(grads, segments, record.size(0), record.get_device_index());
   operands.add_references(references);
   Settings settings;
@@ -262,11 +263,11 @@ void grad_projection(Tensors grads, Tensors references, Tensors params, Tensor r
   run<Update::kProject>(gpu, operands.list(), settings, rows_of(record), record.size(0));
 }
 
-void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tensors momentum_buffers, Tensor record,
-                         std::vector<int64_t> segments, bool anchored, Tensor coefficient, int64_t rule,
-                         double parameter, bool reduce, Tensor lr, double momentum, double dampening,
-                         double weight_decay, bool nesterov, bool maximize, bool first_step,
-                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+void grad_projection_sgd(const Tensors& params, const Tensors& grads, const Tensors& references,
+                         const Tensors& momentum_buffers, Tensor record, const std::vector<int64_t>& segments,
+                         bool anchored, Tensor coefficient, int64_t rule, double parameter, bool reduce, Tensor lr,
+                         double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+                         bool first_step, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
   Operands operands(grads, segments, record.size(0), record.get_device_index());
   operands.add(kParam, params, "params");
   operands.add_references(references);
@@ -283,11 +284,12 @@ void grad_projection_sgd(Tensors params, Tensors grads, Tensors references, Tens
   run<Update::kSgd>(gpu, operands.list(), settings, rows_of(record), record.size(0));
 }
 
-void grad_projection_adamw(Tensors params, Tensors grads, Tensors references, Tensors exp_avgs, Tensors exp_avg_sqs,
-                           Tensors steps, Tensor record, std::vector<int64_t> segments, bool anchored,
-                           Tensor coefficient, int64_t rule, double parameter, bool reduce, Tensor lr, double beta1,
-                           double beta2, double eps, double weight_decay, bool maximize,
-                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+void grad_projection_adamw(const Tensors& params, const Tensors& grads, const Tensors& references,
+                           const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& steps, Tensor record,
+                           const std::vector<int64_t>& segments, bool anchored, Tensor coefficient, int64_t rule,
+                           double parameter, bool reduce, Tensor lr, double beta1, double beta2, double eps,
+                           double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                           std::optional<Tensor> found_inf) {
   Operands operands(grads, segments, record.size(0), record.get_device_index());
   operands.add(kParam, params, "params");
   operands.add_references(references);

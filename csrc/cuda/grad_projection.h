@@ -261,14 +261,10 @@ MOE_HOST_DEVICE Moments moments_of_thread(const Table<Update::kMoments>& table, 
     g.read(dtype, grad, i, piece.end);
     if (pulled) r.read(table.reference_dtype[t], reference, i, piece.end);
     if (pulled && anchored) w.read(dtype, param, i, piece.end);
-    typename T::A dot = 0, loss = 0, regularizer = 0;
     g.each([&](int u, int j) {
-      const auto gradient = g.data[u][j], raw = anchored ? w.data[u][j] - r.data[u][j] : r.data[u][j];
-      dot += gradient * raw;
-      loss += gradient * gradient;
-      regularizer += raw * raw;
+      const double gradient = g.data[u][j], raw = anchored ? w.data[u][j] - r.data[u][j] : r.data[u][j];
+      sum += {gradient * raw, gradient * gradient, raw * raw};
     });
-    sum += {static_cast<double>(dot), static_cast<double>(loss), static_cast<double>(regularizer)};
   });
   return sum;
 }
@@ -327,7 +323,7 @@ MOE_HOST_DEVICE Shared<kUpdate, A> share(const Table<kUpdate>& table, const Sett
   const int32_t segment = table.segment[tensor];
   const Weights w = segment < 0 ? Weights{1, 0} : weights_of[segment];
   Shared<kUpdate, A> result{};
-  result.a = static_cast<A>(w.a), result.b = static_cast<A>(w.b);
+  result.a = factor<A>(w.a), result.b = factor<A>(w.b);
   result.scale = static_cast<A>(s.scale());
   result.pulled = table.pointer[kReference][tensor] != nullptr && result.b != 0;
   result.rescaled = result.scale != 1;

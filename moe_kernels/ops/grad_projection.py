@@ -23,14 +23,16 @@ which leaves it alone (d = g). Two phases:
    ======== ==================== =============== =====================================================
 
    with cos = M₀ / √(M₁ M₂) and s = (ρ √(1 − cos²) − cos √(1 − ρ²)) / √(1 − ρ²) where cos < ρ, else 0 (GradVac, Wang et
-   al., 2021, with ρ fixed). There is no epsilon: without a conflict, and so where g = 0, a is 1.
+   al., 2021, with ρ fixed). There is no epsilon: without a conflict, and so where g = 0, a is 1. Sums that are not
+   finite are no conflict: what is not finite in g stays in its elements, as in torch's optimizers. d has the rounding
+   of its dtype: where λ r is 10⁶ times as long as g, ⟨d, g⟩ is exact to a percent only.
 
 d is written over g, or is what SGD or AdamW steps along. The record (S, 6) float64 holds per segment the moments of
 the last step and counts of steps, conflicts (M₀ < 0) and skipped steps. All of its rows belong to the call.
 
-Sums are float32 (float64 for float64) over short runs and float64 over those, in an order that only the shapes decide:
-the same bits for any number of threads or blocks. Nothing waits for the device: the scalars stay on it, so do
-``grad_scale`` and ``found_inf``, which torch's GradScaler gives.
+Products and sums are float64, in an order that only the shapes decide: the same bits for any number of threads or
+blocks. Nothing waits for the device: the scalars stay on it, so do ``grad_scale`` and ``found_inf``, which torch's
+GradScaler gives.
 """
 
 from __future__ import annotations
@@ -312,7 +314,9 @@ def _touch(tensors: Tensors) -> None:
 
 
 def _scalar(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    return value.reshape(()) if value.is_floating_point() else value.reshape(()).double()
 
 
 def _index(rule: str) -> int:

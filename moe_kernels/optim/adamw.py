@@ -72,8 +72,9 @@ class AnchoredAdamW(Anchored):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("eps", group["eps"])
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
 
     def _state_key(self, group: dict[str, Any]) -> str | None:
         return "exp_avg"
@@ -86,7 +87,9 @@ class AnchoredAdamW(Anchored):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`AnchoredSGD.load_state_dict`."""
+        """As :meth:`AnchoredSGD.load_state_dict`; a state of AMSGrad is refused too."""
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("state_dict: expected one without amsgrad, which AnchoredAdamW does not have")
         super().load_state_dict(state_dict)
         for param, state in self.state.items():
             if "step" in state:  # which an optimizer of torch that is not fused keeps on the CPU

@@ -31,14 +31,25 @@ def aligned(
     for label, param, value in zip(labels, params, values, strict=True):
         if value is None:
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected floating-point tensors or None, got {found} for {label}")
+        problem = _problem(value)
+        if problem:
+            raise TypeError(f"{name}: expected dense floating-point tensors or None, got {problem} for {label}")
         if value.shape != param.shape:
             wrong.append(f"{label} has {tuple(param.shape)}, got {tuple(value.shape)}")
     if wrong:
         raise ValueError(f"{name}: expected the shapes of the parameters: {'; '.join(wrong)}")
     return values
+
+
+def _problem(value: object) -> str:
+    """What a message says of a value that is no dense floating-point tensor; empty where it is one."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.layout != torch.strided:
+        return str(value.layout)
+    if value.is_meta:
+        return "a meta tensor"
+    return "" if value.is_floating_point() else str(value.dtype)
 
 
 def with_anchors(params: Any, anchor: Given | None) -> Any:
@@ -55,6 +66,11 @@ def with_anchors(params: Any, anchor: Given | None) -> Any:
     ]
     flat = [member for group in members for member in group]
     names = [member[0] for member in flat if isinstance(member, tuple)]
+    if isinstance(anchor, Mapping) and names:
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice or len(names) < len(flat):
+            found = f"{', '.join(twice)} twice" if twice else f"{len(flat) - len(names)} of {len(flat)} without"
+            raise ValueError(f"anchor: a mapping needs a name of its own for every parameter, got {found}")
     values = iter(_listed("anchor", anchor, len(flat), names or None))
     return [
         # A set of parameters stays one, for torch to refuse.
@@ -96,7 +112,7 @@ def _listed(name: str, given: Given, count: int, names: Sequence[str] | None) ->
         if unknown:
             raise ValueError(
                 f"{name}: expected names of parameters, got {', '.join(map(repr, unknown))}; pass the "
-                "named_parameters() of the pretrained model, not its state_dict(), which has buffers too"
+                "named_parameters() of the pretrained model; a state_dict() has buffers and all names of what is tied"
             )
         return [given.get(key) for key in names]
     if isinstance(given, Tensor) or not isinstance(given, Iterable):

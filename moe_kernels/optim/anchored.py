@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from moe_kernels.optim.batches import Batch, Batches, State, batches, lay_out_st
 from moe_kernels.optim.facts import Facts, facts
 from moe_kernels.optim.moments import Summand, gather_moments_
 from moe_kernels.parallel.sharding import ShardedSum, local, shard_like
+
+_OF_ALL_GROUPS = frozenset(("rule", "scope", "anchored_only", "omega", "target_cosine", "measure"))
 
 
 class Call(NamedTuple):
@@ -56,7 +59,7 @@ class Anchored(torch.optim.Optimizer):
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
         self.rule, self.scope, self.anchored_only, self.measure = rule, scope, anchored_only, measure
         self._record: Tensor | None = None
-        self._batches: list[Batches] = []
+        self._batches: defaultdict[int, Batches] = defaultdict(Batches)
         super().__init__(with_anchors(params, anchor), defaults)
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -96,6 +99,8 @@ class Anchored(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may have an ``anchor``, a sequence or a mapping, for its own parameters."""
+        for name in _OF_ALL_GROUPS & param_group.keys():
+            raise ValueError(f"{name}: expected as an argument, the same for all groups, got one in a group")
         given = param_group.get("anchor")
         super().add_param_group({key: value for key, value in param_group.items() if key != "anchor"})
         group = self.param_groups[-1]
@@ -113,7 +118,6 @@ class Anchored(torch.optim.Optimizer):
             # From the beginning: torch.distributed.checkpoint takes a state with anchors alone for all that there is.
             if param.requires_grad and self._starts_from_zero(group):
                 self._init_state(param, group)
-        self._batches.append(Batches())
         self._sums = ShardedSum(self._params())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled training loop breaks its graph here
@@ -140,7 +144,9 @@ class Anchored(torch.optim.Optimizer):
         measured = self.measure or self.rule in NEEDS_MOMENTS
         # Rows of the record that one call has for itself it reduces; else the parts are measured and summed before.
         alone = not self._sums and len({call.rows.start for call in calls}) == len(calls)
-        if measured and not alone:
+        if not measured:  # nothing is left of steps that were
+            record[:, :3] = torch.nan
+        elif not alone:
             self._measure(calls, record, anchored)
         counted: set[int] = set()
         for call in calls:
@@ -184,7 +190,7 @@ class Anchored(torch.optim.Optimizer):
             references = given[start : start + len(params)] if given else [state.get("anchor") for state in states]
             first_steps, key = self._first_steps(group, states), self._state_key(group)
             if key is not None:
-                for i in [i for i, state in enumerate(states) if key not in state]:
+                for i in [i for i, state in enumerate(states) if state.get(key) is None]:
                     if params[i].grad is not None:
                         self._init_state(params[i], group)
             try:
@@ -250,7 +256,7 @@ class Anchored(torch.optim.Optimizer):
         rows = {"global": 1, "group": len(self.param_groups), "tensor": len(params)}[self.scope]
         old = 0 if self._record is None else len(self._record)
         if old < rows:
-            added = grad_projection.new_record(rows - old, params[0].device)
+            added = grad_projection.new_record(rows - old, params[0].device if params else "cpu")
             self._record = added if self._record is None else torch.cat((self._record, added))
         assert self._record is not None
         return self._record
@@ -314,7 +320,7 @@ class Anchored(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._batches = [Batches() for _ in self.param_groups]
+        self._batches = defaultdict(Batches)
         self._sums = ShardedSum(self._params())
 
 

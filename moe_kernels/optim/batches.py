@@ -69,8 +69,9 @@ class Batch:
             target.copy_(temporary)
         self.grads = []
 
-    def renew(self, grads: Sequence[Tensor | None]) -> bool:
-        """Take the gradients of the whole group for another step; False where something needs a temporary by now."""
+    def renew(self, grads: Sequence[Tensor | None], states: Sequence[State]) -> bool:
+        """Take those of the whole group for another step; False where something needs a temporary by now."""
+        self.states = [states[i] for i in self.rows]
         self.grads = [grads[i] for i in self.rows]  # type: ignore[misc]
         return _strides(self.grads) == self._strides == _strides(self.params)
 
@@ -89,6 +90,11 @@ class Batch:
             self.params[i] = _relaid(param, strides, self._params_back)
             self.grads[i] = _relaid(self.grads[i], strides, self._grads_back)
             if i < len(self.references):
+                if self.references[i].shape != param.shape:
+                    raise RuntimeError(
+                        f"reference of parameter {self.rows[i]} of its group: expected the shape that the parameter "
+                        f"has by now, {tuple(param.shape)}, got {tuple(self.references[i].shape)}"
+                    )
                 self.references[i] = _relaid(self.references[i], strides, [])
         for owner, state in zip(self.owners, self.states, strict=True):
             lay_out_state(owner, state)
@@ -116,7 +122,7 @@ class Batches:
         if state_key is not None:
             tensors += [state.get(state_key) for state in states]
         same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if same and all([batch.renew(grads) for batch in self._kept]):
+        if same and all([batch.renew(grads, states) for batch in self._kept]):
             return self._kept
         found = batches(params, references, states, state_key=state_key, first_steps=first_steps)
         keep = all(batch.renewable for batch in found)
@@ -186,7 +192,7 @@ def lay_out_state(param: Tensor, state: State) -> None:
     """Bring what ``state`` has of the shape of ``param`` into its memory layout, dense."""
     strides = _dense_strides(local(param))
     for key, value in state.items():
-        if value.shape == param.shape and local(value).stride() != strides:
+        if isinstance(value, Tensor) and value.shape == param.shape and local(value).stride() != strides:
             state[key] = copy_like(value, param)
 
 

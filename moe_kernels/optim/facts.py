@@ -48,7 +48,7 @@ def facts(record: Tensor, rule: str, parameter: float) -> Facts:
         steps,
         conflicts,
         skipped,
-        dot / (loss.sqrt() * regularizer.sqrt()),
+        (dot / (loss.sqrt() * regularizer.sqrt())).clamp(-1, 1),
         a.clone(),
         *_angles(a, b, dot, loss, regularizer),
         *_angles(one, one, dot, loss, regularizer),

@@ -61,6 +61,11 @@ def project_gradients_(
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     check_number("coefficient", coefficient)
     params = list(params)
+    if not all(isinstance(param, Tensor) for param in params):
+        wrong = next(type(param).__name__ for param in params if not isinstance(param, Tensor))
+        raise TypeError(f"params: expected tensors, without names, got {wrong}")
+    if len(set(params)) != len(params):
+        raise ValueError("params: expected every parameter once, got one twice, which would be projected twice")
     labels = [f"parameter {i}" for i in range(len(params))]
     values = aligned("regularizer_grads", regularizer_grads, params, labels, named=False)
     references = [None if r is None else shard_like(r, p) for p, r in zip(params, values, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class AnchoredSGD(Anchored):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("momentum", group["momentum"])
+        check_number("dampening", group["dampening"], least=-sys.float_info.max)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov: expected a momentum > 0 and no dampening with it, got "
@@ -134,7 +136,7 @@ class AnchoredSGD(Anchored):
     def _first_steps(self, group: dict[str, Any], states: list[State]) -> list[bool] | None:
         if group["momentum"] == 0 or self._starts_from_zero(group):
             return None
-        return ["momentum_buffer" not in state for state in states]
+        return [state.get("momentum_buffer") is None for state in states]
 
     def _update(self, batch: Batch, group: dict[str, Any], **projection: Any) -> None:
         grad_projection.sgd_(
@@ -150,3 +152,7 @@ class AnchoredSGD(Anchored):
             first_step=batch.first_step,
             **projection,
         )
+        # The first step is still to come where a scaler skipped it, for which this waits: with dampening it is another.
+        if batch.first_step and projection["found_inf"] is not None and projection["found_inf"]:
+            for state in batch.states:
+                del state["momentum_buffer"]

@@ -19,9 +19,9 @@ def weights(rule: int, moments: Tensor, parameter: float) -> tuple[Tensor, Tenso
     """(a, b), (S,) each, from ``moments`` (S, 3): ⟨g, λr⟩, ‖g‖² and ‖λr‖² of every segment."""
     dot, loss, regularizer = moments.unbind(1)
     zero, one = torch.zeros_like(dot), torch.ones_like(dot)
-    conflict = dot < 0
-    loss_share = torch.where(conflict, dot / loss, zero)
-    regularizer_share = torch.where(conflict, dot / regularizer, zero)
+    against = torch.where((dot < 0) & dot.isfinite(), dot, zero)
+    loss_share = torch.where(loss > 0, against / loss, zero)
+    regularizer_share = torch.where(regularizer > 0, against / regularizer, zero)
     name = RULES[rule]
     if name == "none":
         return one, zero
@@ -36,8 +36,8 @@ def weights(rule: int, moments: Tensor, parameter: float) -> tuple[Tensor, Tenso
     if name == "digrap":
         return one, -parameter * regularizer_share
     norms = loss.sqrt() * regularizer.sqrt()
-    cosine = torch.where(norms > 0, dot / norms, parameter)
-    sine, target_sine = (1 - cosine**2).clamp(min=0).sqrt(), (1 - parameter**2) ** 0.5
+    cosine = torch.where((norms > 0) & norms.isfinite(), dot / norms, parameter).clamp(min=-1)
+    sine, target_sine = (1 - cosine**2).sqrt(), (1 - parameter**2) ** 0.5
     added = (regularizer.sqrt() / loss.sqrt()) * (parameter * sine - cosine * target_sine) / target_sine
     return torch.where(cosine < parameter, 1 + added, one), one
 
@@ -54,10 +54,12 @@ def moments(
     pulls = _pulls(references, params, grad_scale)
     result = torch.zeros(len(grads), 3, dtype=torch.float64, device=grads[0].device)
     for i, gradient in enumerate(gradients):
-        result[i, 1] = torch.sum(gradient * gradient, dtype=torch.float64)
+        gradient = gradient.double()  # the square of a small float is 0
+        result[i, 1] = torch.sum(gradient * gradient)
         if i < len(pulls):
-            result[i, 0] = torch.sum(gradient * pulls[i], dtype=torch.float64)
-            result[i, 2] = torch.sum(pulls[i] * pulls[i], dtype=torch.float64)
+            pull = pulls[i].double()
+            result[i, 0] = torch.sum(gradient * pull)
+            result[i, 2] = torch.sum(pull * pull)
     return result
 
 
@@ -240,10 +242,16 @@ def _directions(
     for i, segment in enumerate(segments):
         if segment < 0:
             continue
-        result[i] = result[i] * a[segment].to(result[i].dtype)
+        result[i] = result[i] * _factor(a[segment], result[i].dtype)
         if i < len(pulls):
-            result[i] = result[i] + pulls[i].to(result[i].dtype) * b[segment].to(result[i].dtype)
+            result[i] = result[i] + pulls[i].to(result[i].dtype) * _factor(b[segment], result[i].dtype)
     return result
+
+
+def _factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight beside elements of ``dtype``, into which it may not fit where a gradient has the smallest numbers."""
+    largest = torch.finfo(dtype).max
+    return weight.clamp(-largest, largest).to(dtype)
 
 
 def _unscale(grads: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

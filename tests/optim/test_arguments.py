@@ -35,6 +35,7 @@ def copies(model):
         ({"target_cosine": 1.0}, r"target_cosine: expected a number in \[-1, 1\), got 1.0"),
         ({"lr": -1.0}, "lr: expected a finite number ≥ 0, got -1.0"),
         ({"weight_decay": -1.0}, "weight_decay: expected a finite number ≥ 0, got -1.0"),
+        ({"coefficient": torch.tensor(-0.5)}, "coefficient: expected a finite number ≥ 0, got -0.5"),
     ],
 )
 def test_numbers_and_names(optimizer, kwargs, message):
@@ -52,6 +53,12 @@ def test_numbers_of_one_optimizer():
         AnchoredSGD(parameters, coefficient=0.1, nesterov=True)
     with pytest.raises(ValueError, match=r"betas: expected two numbers in \[0, 1\), got \(0.9, 1.0\)"):
         AnchoredAdamW(parameters, coefficient=0.1, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"betas: expected two numbers in \[0, 1\), got 0.9"):
+        AnchoredAdamW(parameters, coefficient=0.1, betas=0.9)
+    with pytest.raises(ValueError, match="dampening: expected a finite number"):
+        AnchoredSGD(parameters, coefficient=0.1, momentum=0.9, dampening=float("nan"))
+    with pytest.raises(TypeError, match="omega: expected a number"):
+        AnchoredSGD(parameters, coefficient=0.1, omega="a")
     with pytest.raises(ValueError, match="eps: expected a finite number ≥ 0, got -1"):
         AnchoredAdamW(parameters, coefficient=0.1, eps=-1)
 
@@ -82,15 +89,56 @@ def test_anchors_that_do_not_fit(optimizer):
         make(dict(zip(names, anchors, strict=True)))
     with pytest.raises(TypeError, match="anchor: expected a sequence or a mapping of tensors, got Tensor"):
         make(anchors[0])
-    with pytest.raises(TypeError, match=r"expected floating-point tensors or None, got torch.int64 for parameter 1"):
+    with pytest.raises(TypeError, match=r"dense floating-point tensors or None, got torch.int64 for parameter 1"):
         make([None, anchors[1].long(), None, None])
-    with pytest.raises(TypeError, match="expected floating-point tensors or None, got float for parameter 1"):
+    with pytest.raises(TypeError, match="expected dense floating-point tensors or None, got float for parameter 1"):
         make([None, 0.0, None, None])
+    with pytest.raises(TypeError, match=r"got torch\.sparse_coo for parameter 1"):
+        make([None, anchors[1].to_sparse(), None, None])
+    with pytest.raises(TypeError, match="got a meta tensor for parameter 1"):
+        make([None, anchors[1].to("meta"), None, None])
     broken = [anchors[0], anchors[1] / 0 * 0, anchors[2], anchors[3] + torch.inf]
     with pytest.raises(ValueError, match=r"anchor: expected finite values, got others for parameter 1, parameter 3$"):
         make(broken)
     with pytest.raises(ValueError, match="anchor: expected the argument or one in the groups, got both"):
         make(anchors, [{"params": model.parameters(), "anchor": anchors}])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_names_have_to_tell_the_parameters(optimizer):
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": one.named_parameters()}, {"params": other.named_parameters()}]
+    message = "anchor: a mapping needs a name of its own for every parameter, got "
+    with pytest.raises(ValueError, match=f"{message}bias, weight twice"):
+        optimizer(groups, anchor=copies(one), coefficient=0.1)
+    groups = [{"params": one.named_parameters()}, {"params": other.parameters()}]
+    with pytest.raises(ValueError, match=f"{message}2 of 4 without"):
+        optimizer(groups, anchor=copies(one), coefficient=0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["rule", "scope", "anchored_only", "omega", "target_cosine", "measure"])
+def test_options_of_all_groups_are_refused_in_one(optimizer, name):
+    with pytest.raises(ValueError, match=f"{name}: expected as an argument, the same for all groups"):
+        optimizer([{"params": [nn.Parameter(torch.ones(2))], name: "none"}], coefficient=0.1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_parameter_of_another_shape_by_now(optimizer):
+    weight = nn.Parameter(torch.ones(4, 6))
+    made = optimizer([weight], anchor=[torch.zeros(4, 6)], coefficient=0.1)
+    weight.data = torch.ones(3, 8)
+    weight.grad = torch.ones(3, 8)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of its group: expected .* by now, \(3, 8\), got \(4, 6\)"):
+        made.step()
+    assert torch.equal(weight, torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_group_of_nothing(optimizer):
+    made = optimizer([{"params": []}], coefficient=0.1)
+    made.step()
+    assert made.facts().steps.tolist() == [0]
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
@@ -218,3 +266,9 @@ def test_project_gradients_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             project_gradients_(**({"params": [weight], "regularizer_grads": [None], "coefficient": 0.1} | kwargs))
+    with pytest.raises(ValueError, match="params: expected every parameter once, got one twice"):
+        project_gradients_([weight, weight], [None, None], coefficient=0.1)
+    with pytest.raises(TypeError, match="params: expected tensors, without names, got tuple"):
+        project_gradients_([("w", weight)], [None], coefficient=0.1)
+    with pytest.raises(TypeError, match=r"regularizer_grads: expected dense .* got a meta tensor for parameter 0"):
+        project_gradients_([weight], [torch.ones(2, device="meta")], coefficient=0.1)

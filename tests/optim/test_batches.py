@@ -68,7 +68,22 @@ def more_parameters(model, optimizer):
     optimizer.add_param_group({"params": head.parameters()})
 
 
+def other_state(model, optimizer):
+    """In which the tensor is the same whose strides are looked at."""
+    for param, state in optimizer.state.items():
+        fresh = {key: torch.zeros_like(value) for key, value in state.items() if key in ("step", "exp_avg_sq")}
+        optimizer.state[param] = {**state, **fresh}
+
+
+def group_of_another_hand(model, optimizer):
+    """Not by ``add_param_group``."""
+    params = optimizer.param_groups[0]["params"]
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [params.pop()]})
+
+
 EVENTS = [
+    other_state,
+    group_of_another_hand,
     lose_gradient,
     lose_all_gradients,
     other_layout,

@@ -126,6 +126,43 @@ def test_fsdp_is_one_process(tmp_path):
     on_ranks(2, tmp_path, *((fsdp, (kind, scope)) for kind in OPTIMIZERS for scope in ("global", "tensor", "group")))
 
 
+def scaled(rank, folder, wrap):
+    """A gradient scaler and two micro-batches a step; on one rank alone the third step's gradient is not finite."""
+    model, source, x, y = model_and_data()
+    plain = copy.deepcopy(model)
+    model = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model)
+    prefix = "module." if wrap == "ddp" else ""
+
+    def train_scaled(model, anchor, rows, broken):
+        optimizer = OPTIMIZERS["sgd"](model.named_parameters(), anchor=anchor)
+        scaler = torch.amp.GradScaler("cpu", 1024.0)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for part in rows.chunk(2):
+                loss = nn.functional.mse_loss(model(x[step, part]), y[step, part]) / 2
+                scaler.scale(loss * torch.inf if broken and step == 2 else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return optimizer
+
+    anchor = {prefix + name: tensor for name, tensor in source.items()}
+    optimizer = train_scaled(model, anchor, torch.arange(rank, 8, 2), broken=rank == 1)
+    expected = train_scaled(plain, source, torch.arange(8), broken=True)
+    found = {
+        name.removeprefix(prefix): weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+        for name, weight in model.named_parameters()
+    }
+    assert_close(found, dict(plain.named_parameters()), 1e-5)
+    for facts in (optimizer.facts(), expected.facts()):
+        assert facts.skipped.tolist() == [1]
+        assert facts.steps.tolist() == [STEPS - 1]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_scaler_and_accumulation(tmp_path, wrap):
+    on_ranks(2, tmp_path, (scaled, (wrap,)))
+
+
 def test_meshes_of_two_dimensions(tmp_path):
     on_ranks(4, tmp_path, (fsdp, ("sgd", "tensor", (2, 2))), (fsdp, ("sgd", "global", "tp")))
 

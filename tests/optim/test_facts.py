@@ -139,3 +139,16 @@ def test_a_group_that_is_added_later_has_facts():
     optimizer.step()
     assert optimizer.facts().steps.tolist() == [2, 1]
     assert optimizer.facts().conflicts.tolist() == [2, 0]
+
+
+def test_what_is_no_longer_measured_is_no_longer_counted(backend):
+    w, anchor, g = vectors(0, conflict=True)
+    param = nn.Parameter(w.clone())
+    optimizer = AnchoredSGD([param], lr=0.0, anchor=[anchor], coefficient=0.4, rule="l2sp", measure=True, **backend)
+    for measure in (True, True, False, False):
+        optimizer.measure = measure
+        param.grad = g.clone()
+        optimizer.step()
+    assert optimizer.facts().steps.tolist() == [4]
+    assert optimizer.facts().conflicts.tolist() == [2]
+    assert optimizer.facts().cosine.isnan().all()

@@ -119,3 +119,19 @@ def test_without_a_scaler_what_is_not_finite_goes_through(make, backend):
     for parameter, anchor in zip(model.parameters(), anchors, strict=True):
         assert parameter.isnan().all()
         assert torch.equal(optimizer.state[parameter]["anchor"], anchor)
+
+
+def test_a_first_step_that_is_skipped_is_still_to_come(backend):
+    """With dampening it is another than those after it."""
+    ends = []
+    for ours in (True, False):
+        model = network()
+        options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+        if ours:
+            anchors = anchors_of(model)
+            optimizer = AnchoredSGD(model.parameters(), anchor=anchors, coefficient=0.0, **options, **backend)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), **options)
+        train(model, optimizer, torch.amp.GradScaler("cpu", 4.0), broken=[0, 1])
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*ends)

@@ -192,3 +192,35 @@ def test_state_keys_are_torchs(kind):
     for parameter in model.parameters():
         assert optimizer.state[parameter].keys() == expected.state[parameter].keys() | {"anchor"}
     assert optimizer.state_dict()["param_groups"][0]["params"] == [0, 1, 2, 3]
+
+
+def test_states_as_older_versions_of_torch_wrote_them():
+    """Where the count of steps was a number, and no momentum was None."""
+    model = network()
+    optimizer = made(OPTIMIZERS["adamw"], model)
+    train(model, optimizer, range(2))
+    twin = copy.deepcopy(model)
+    state = saved(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = int(entry["step"])
+    other = made(OPTIMIZERS["adamw"], twin, anchors_of(network()))
+    other.load_state_dict(state)
+    train(model, optimizer, range(2, 4))
+    train(twin, other, range(2, 4))
+    assert_same(model, twin)
+
+    model = network()
+    optimizer = made(OPTIMIZERS["sgd"], model)
+    twin, other = copy.deepcopy((model, optimizer))
+    for entry in other.state.values():
+        entry["momentum_buffer"] = None
+    train(model, optimizer, range(2))
+    train(twin, other, range(2))
+    assert_same(model, twin)
+
+
+def test_a_state_of_amsgrad_is_refused():
+    model = network()
+    amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="state_dict: expected one without amsgrad"):
+        made(OPTIMIZERS["adamw"], model).load_state_dict(amsgrad.state_dict())

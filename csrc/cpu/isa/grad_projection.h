@@ -4,51 +4,44 @@
 #include "convert.h"
 #include "vector.h"
 
-// Terms that are summed in A before their sum goes into a double.
-constexpr int64_t kTerms = 1024;
-
 // Elements that are fetched ahead: the processor itself stops at the end of a page.
 constexpr int64_t kAhead = 256;
 
-// The moments of g and the raw reference over n elements.
+// The moments of g and the raw reference over n elements. Products are double too: the square of a small float is 0.
 template <Reference kReference, class A>
 void add_moments(const A* g, const A* w, const A* reference, int64_t n, Moments& sum) {
-  using V = typename Vector<A>::type;
-  using U = typename Vector<A>::unaligned;
-  constexpr int64_t lanes = kLanes<A>, width = 4 * lanes;
-  for (int64_t begin = 0; begin < n; begin += kTerms) {
-    const int64_t end = std::min(n, begin + kTerms);
-    V dot[4] = {}, loss[4] = {}, regularizer[4] = {};
-    int64_t i = begin;
-    for (; i + width <= end; i += width) {
-      const int64_t ahead = std::min(i + kAhead, n - width);
+  constexpr int64_t lanes = kLanes<double>, width = 4 * lanes, line = 64 / sizeof(A);
+  using V = typename Vector<double>::type;
+  typedef A U __attribute__((vector_size(lanes * sizeof(A)), aligned(alignof(A)), may_alias));
+  V dot[4] = {}, loss[4] = {}, regularizer[4] = {};
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    const int64_t ahead = std::min(i + kAhead, n - width);
+    for (int64_t j = 0; j < width; j += line) {
+      __builtin_prefetch(g + ahead + j);
+      if constexpr (kReference != Reference::kNone) __builtin_prefetch(reference + ahead + j);
+      if constexpr (kReference == Reference::kAnchor) __builtin_prefetch(w + ahead + j);
+    }
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) {
-        __builtin_prefetch(g + ahead + j * lanes);
-        const V x = *reinterpret_cast<const U*>(g + i + j * lanes);
-        loss[j] += x * x;
-        if constexpr (kReference != Reference::kNone) {
-          __builtin_prefetch(reference + ahead + j * lanes);
-          V y = *reinterpret_cast<const U*>(reference + i + j * lanes);
-          if constexpr (kReference == Reference::kAnchor) {
-            __builtin_prefetch(w + ahead + j * lanes);
-            y = *reinterpret_cast<const U*>(w + i + j * lanes) - y;
-          }
-          dot[j] += x * y;
-          regularizer[j] += y * y;
-        }
+    for (int64_t j = 0; j < 4; ++j) {
+      const V x = __builtin_convertvector(*reinterpret_cast<const U*>(g + i + j * lanes), V);
+      loss[j] += x * x;
+      if constexpr (kReference != Reference::kNone) {
+        U raw = *reinterpret_cast<const U*>(reference + i + j * lanes);
+        if constexpr (kReference == Reference::kAnchor) raw = *reinterpret_cast<const U*>(w + i + j * lanes) - raw;
+        const V y = __builtin_convertvector(raw, V);
+        dot[j] += x * y;
+        regularizer[j] += y * y;
       }
     }
-    Moments run{};
-    for (; i < end; ++i) {
-      const double x = g[i], y = raw_reference<kReference>(w ? w[i] : A(0), reference ? reference[i] : A(0));
-      run += {x * y, x * x, y * y};
-    }
-    const V dots = (dot[0] + dot[1]) + (dot[2] + dot[3]);
-    const V losses = (loss[0] + loss[1]) + (loss[2] + loss[3]);
-    const V regularizers = (regularizer[0] + regularizer[1]) + (regularizer[2] + regularizer[3]);
-    for (int64_t j = 0; j < lanes; ++j) run += {double(dots[j]), double(losses[j]), double(regularizers[j])};
-    sum += run;
+  }
+  const V dots = (dot[0] + dot[1]) + (dot[2] + dot[3]);
+  const V losses = (loss[0] + loss[1]) + (loss[2] + loss[3]);
+  const V regularizers = (regularizer[0] + regularizer[1]) + (regularizer[2] + regularizer[3]);
+  for (int64_t j = 0; j < lanes; ++j) sum += {dots[j], losses[j], regularizers[j]};
+  for (; i < n; ++i) {
+    const double x = g[i], y = raw_reference<kReference>(w ? w[i] : A(0), reference ? reference[i] : A(0));
+    sum += {x * y, x * x, y * y};
   }
 }
 
