@@ -1,8 +1,7 @@
 """Two gloo ranks with different shards against one rank with all the data."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,16 +26,13 @@ def train(model, x, labels):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, x, labels = model_and_data()
     train(DistributedDataParallel(model), x[:, rank * 4 : rank * 4 + 4], labels[:, rank * 4 : rank * 4 + 4])
     torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_ranks(2, tmp_path, (worker, ()))
     model, x, labels = model_and_data()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train(model, x, labels)

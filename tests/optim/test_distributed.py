@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,21 +50,6 @@ def train(model, optimizer, x, y, steps=range(STEPS)):
 def assert_close(found, expected, tolerance):
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= tolerance * tensor.norm(), name
-
-
-def in_group(rank, folder, world_size, bodies):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    try:
-        for body, arguments in bodies:
-            body(rank, folder, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(world_size, folder, *bodies):
-    """Run every (function, arguments) on ranks that are started once: that is what takes the time."""
-    mp.spawn(in_group, args=(str(folder), world_size, bodies), nprocs=world_size)
 
 
 def ddp(rank, folder, kind, scope):

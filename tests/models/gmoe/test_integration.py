@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,16 +53,13 @@ def alone(_, folder):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = converted()
     torch.save(train(DistributedDataParallel(torch.compile(model)), model, (rank,)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_compile_autocast_and_ddp_on_two_ranks_give_what_one_rank_gives(tmp_path):
     mp.spawn(alone, args=(str(tmp_path),), nprocs=1)  # first, so that the ranks find its graphs in the compiler's cache
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_ranks(2, tmp_path, (worker, ()))
     start = converted().state_dict()
     first, second, one = (torch.load(tmp_path / f"{who}.pt", weights_only=True) for who in (0, 1, "alone"))
     for name, tensor in one.items():
