@@ -1,13 +1,10 @@
 """``moe-kernels segment``: segmentation learned from image tags alone (arXiv 1612.01991)."""
 
 import io
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,109 +14,55 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from moe_kernels.cli import accuracy
 from moe_kernels.cli.common import THREADS, Device, SkipBad, one_sentence
+from moe_kernels.cli.segment_images import default_test_split, image_files, load, refuse_overwriting, tagged
+from moe_kernels.cli.segment_options import (
+    DEFAULTS,
+    RATES,
+    Batch,
+    CeilMode,
+    Classes,
+    Crf,
+    Data,
+    Epochs,
+    Grid,
+    Hidden,
+    Layers,
+    LearningRate,
+    LocalizationHidden,
+    Loss,
+    LossOption,
+    MaskNumbersOption,
+    Name,
+    Penalty,
+    PenaltyOption,
+    Preprocessing,
+    Rates,
+    Refine,
+    Run,
+    Samples,
+    Seed,
+    Sigma,
+    Size,
+    Split,
+    Storage,
+    StorageOption,
+    Strategy,
+    StrategyOption,
+    Tags,
+    TestSplit,
+    Threshold,
+    Weights,
+    created_by,
+    numbers,
+)
 from moe_kernels.models import distributed, figures, files, report, segmentation
-from moe_kernels.models.data.images import is_image, some
-from moe_kernels.models.segmentation import ablation, backbones, crf, data, pictures
+from moe_kernels.models.segmentation import ablation, backbones, crf, pictures
 from moe_kernels.models.segmentation.configuration import SegmentConfig
-from moe_kernels.models.segmentation.data import TaggedImages, coco, folder, voc
-from moe_kernels.models.segmentation.data.tagged import checked
+from moe_kernels.models.segmentation.data import coco, folder, voc
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Number = TypeVar("Number", int, float)
-DEFAULTS = SegmentConfig()
 EVALUATION = "evaluation.json"
-
-
-class Loss(str, Enum):
-    """Of the localization."""
-
-    everywhere = "global"
-    pixel = "pixel"
-
-
-class Strategy(str, Enum):
-    """How locations are chosen."""
-
-    diverse = "diverse"
-    top = "top"
-    spatial = "spatial"
-    dense = "dense"
-
-
-class Penalty(str, Enum):
-    """Over what is chosen already."""
-
-    sum = "sum"
-    max = "max"
-
-
-class Storage(str, Enum):
-    """Of features and points on disk."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class Preprocessing(str, Enum):
-    """Of images for VGG-16."""
-
-    torchvision = "torchvision"
-    caffe = "caffe"
-
-
-class MaskNumbers(str, Enum):
-    """What the numbers in COCO's masks are."""
-
-    position = "position"
-    id = "id"
-
-
-Data = Annotated[
-    Path,
-    typer.Argument(help="VOC's layout, COCO's, or images/ and tags.csv; to judge by, masks/ and class_names.txt."),
-]
-Run = Annotated[Path, typer.Argument(help="Folder of a segmenter, as `segment fit` made it.")]
-Split = Annotated[
-    str | None, typer.Option(help="List of images, of VOC's and COCO's layouts. Default: train_aug, train2017.")
-]
-TestSplit = Annotated[str | None, typer.Option(help="List of images to judge by. Default: val, val2017.")]
-Classes = Annotated[
-    str | None, typer.Option(help="Only these of the data, cat,dog; in masks the others are background. Default: all.")
-]
-Tags = Annotated[str | None, typer.Option(help="Of VOC's layout: xml or masks. Default: xml where there is one.")]
-MaskNumbersOption = Annotated[
-    MaskNumbers | None,
-    typer.Option(
-        "--mask-numbers", help="In masks of COCO's layout: position, 1 to 80, or id, 1 to 90. Default: position."
-    ),
-]
-Crf = Annotated[bool, typer.Option("--crf", help="With a dense CRF too: needs the extra crf.")]
-Refine = Annotated[bool, typer.Option("--crf", help="Refine by a dense CRF: needs the extra crf.")]
-Name = Annotated[str, typer.Option("--backbone", help="vgg16, or a model of timm.")]
-Weights = Annotated[str, typer.Option(help="A .safetensors or .pth file, or hub: the library's own, downloaded.")]
-Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images. Default: 256x336, or next to it.")]
-Grid = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the hypercolumns. Default: a quarter of that.")]
-Layers = Annotated[
-    str | None, typer.Option(help="conv1_1,pool1,… of vgg16, 0,1,… of timm. Default: all of a CNN, 4 of a ViT.")
-]
-CeilMode = Annotated[bool, typer.Option("--ceil-mode", help="Poolings of vgg16 keep the rest, as in Caffe.")]
-LossOption = Annotated[Loss, typer.Option(help="Softmax of the localization (Eq. 2 or 1).")]
-LocalizationHidden = Annotated[int, typer.Option(help="Hidden units of a localization network.")]
-Rates = Annotated[str, typer.Option(help="Adam's learning rate in each epoch of the localization.")]
-StrategyOption = Annotated[Strategy, typer.Option(help="How locations are chosen to be labelled.")]
-Samples = Annotated[int, typer.Option(help="K, locations of each class and of the background in an image.")]
-PenaltyOption = Annotated[Penalty, typer.Option(help="Sum of the similarities to what is chosen, or the largest.")]
-Threshold = Annotated[float, typer.Option(help="Of dense: background is where no normalized score reaches it.")]
-Sigma = Annotated[float, typer.Option(help="Of spatial: width of the Gaussian, as a share of the grid's height.")]
-Hidden = Annotated[int, typer.Option(help="Hidden units of the pixel classifier.")]
-Batch = Annotated[int, typer.Option(help="Points in a step of its training.")]
-Epochs = Annotated[int, typer.Option(help="Of its training.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Adam's, of its training.")]
-StorageOption = Annotated[Storage, typer.Option(help="Of features and points on disk.")]
-Seed = Annotated[int, typer.Option(help="Of new weights, negatives and orders.")]
-
-_rates = ",".join(f"{rate:g}" for rate in DEFAULTS.localization_rates)
 
 
 @app.command()
@@ -138,7 +81,7 @@ def fit(
     preprocessing: Preprocessing = Preprocessing.torchvision,
     loss: LossOption = Loss.everywhere,
     localization_hidden: LocalizationHidden = DEFAULTS.localization_hidden,
-    localization_rates: Rates = _rates,
+    localization_rates: Rates = RATES,
     strategy: StrategyOption = Strategy.diverse,
     samples: Samples = DEFAULTS.samples,
     penalty: PenaltyOption = Penalty.sum,
@@ -167,7 +110,7 @@ def fit(
         config = SegmentConfig(
             loss=loss.value,
             localization_hidden=localization_hidden,
-            localization_rates=_numbers("localization-rates", localization_rates, float),
+            localization_rates=numbers("localization-rates", localization_rates, float),
             strategy=strategy.value,
             samples=samples,
             penalty=penalty.value,
@@ -180,9 +123,9 @@ def fit(
             storage=storage.value,
             seed=seed,
         )
-        created = _created(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
+        created = created_by(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
         network = backbones.create(**created)  # before the images, which may take minutes to check
-        dataset = _load(root, split, skip_bad, classes, tags=tags, masks=False)
+        dataset = load(root, split, skip_bad, classes, tags=tags, masks=False)
         segmenter = segmentation.fit(dataset, network, out, config, features=features, created=created, device=on)
         _show_localization(segmenter, segmenter.classes)
         _show_times(segmenter, "fit")
@@ -203,9 +146,9 @@ def predict(
     with one_sentence(resumes=False), distributed.process_group(device) as on:
         crf = crf and _crf_is_there()
         segmenter = segmentation.Segmenter.load(run, device=on)
-        paths = _files(images, out)
-        _refuse_overwriting(paths, out, ["", "-overlay"] if overlay else [""])
-        found = _tagged(paths, "any", skip_bad)
+        paths = image_files(images, out)
+        refuse_overwriting(paths, out, ["", "-overlay"] if overlay else [""])
+        found = tagged(paths, "any", skip_bad)
         palette = pictures.palette().tobytes()
         for index, name in enumerate(tqdm(found.names, desc="prediction", unit="image", disable=None)):
             image = found.image(index)
@@ -239,7 +182,7 @@ def evaluate(
     with one_sentence(resumes=False), distributed.process_group(device) as on:
         crf = crf and _crf_is_there()
         segmenter = segmentation.Segmenter.load(run, device=on)
-        dataset = _load(root, split or _test_split(root), skip_bad, classes, mask_numbers=mask_numbers)
+        dataset = load(root, split or default_test_split(root), skip_bad, classes, mask_numbers=mask_numbers)
         found = segmenter.evaluate(dataset, crf=crf)
         kinds = [kind for kind in ("plain", "crf") if kind in found]
         rows = [["class", "IoU, %", "with CRF, %"][: 1 + len(kinds)]]
@@ -247,7 +190,7 @@ def evaluate(
             rows.append([name, *(_percent(found[kind]["classes"][name]) for kind in kinds)])
         rows.append(["**mean**", *(f"**{_percent(found[kind]['mean'])}**" for kind in kinds)])
         path = out or run / EVALUATION
-        files.write_json(path, {"data": str(root), "split": split or _test_split(root), **found})
+        files.write_json(path, {"data": str(root), "split": split or default_test_split(root), **found})
         accuracy.show(f"{found['images']} images", rows)
         typer.echo(f"written to {path}")
 
@@ -273,11 +216,11 @@ def add_class(
         segmenter = segmentation.Segmenter.load(run, device=on)
         # a single folder may be one of tagged data
         if len(images) == 1 and any(layout.find(images[0]) is not None for layout in (voc, coco, folder)):
-            found = _load(images[0], split, skip_bad, tags=tags, masks=False)
+            found = load(images[0], split, skip_bad, tags=tags, masks=False)
         elif split or tags:
             raise ValueError("split and tags are choices for one folder of tagged data, and these are bare images")
         else:
-            found = _tagged(_files(images), name, skip_bad)
+            found = tagged(image_files(images), name, skip_bad)
         segmenter.add_class(name, found, skip_bad=skip_bad)
         _show_localization(segmenter, [name])
         _show_times(segmenter, f"add {name}")
@@ -302,7 +245,7 @@ def ablate(
     ceil_mode: CeilMode = False,
     preprocessing: Preprocessing = Preprocessing.torchvision,
     localization_hidden: LocalizationHidden = DEFAULTS.localization_hidden,
-    localization_rates: Rates = _rates,
+    localization_rates: Rates = RATES,
     samples: Annotated[str, typer.Option(help=f"The K to compare, and {DEFAULTS.samples}.")] = ",".join(
         map(str, ablation.SAMPLES)
     ),
@@ -325,7 +268,7 @@ def ablate(
         crf = crf and _crf_is_there()
         config = SegmentConfig(
             localization_hidden=localization_hidden,
-            localization_rates=_numbers("localization-rates", localization_rates, float),
+            localization_rates=numbers("localization-rates", localization_rates, float),
             penalty=penalty.value,
             hidden=hidden,
             batch=batch,
@@ -334,12 +277,12 @@ def ablate(
             storage=storage.value,
             seed=seed,
         )
-        counts = _numbers("samples", samples, int)
-        created = _created(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
+        counts = numbers("samples", samples, int)
+        created = created_by(backbone, weights, image_size, grid, layers, ceil_mode, preprocessing)
         network, judge = backbones.create(**created), test or root
         found = ablation.run(
-            _load(root, split, skip_bad, classes, tags=tags, masks=False),
-            _load(judge, test_split or _test_split(judge), skip_bad, classes, mask_numbers=mask_numbers),
+            load(root, split, skip_bad, classes, tags=tags, masks=False),
+            load(judge, test_split or default_test_split(judge), skip_bad, classes, mask_numbers=mask_numbers),
             network,
             out,
             config,
@@ -354,102 +297,6 @@ def ablate(
         for section in sections:
             accuracy.show(section.heading, section.table)
         typer.echo(f"report: {out / 'report.html'}, {out / 'report.md'}")
-
-
-def _created(
-    name: str,
-    weights: str,
-    image_size: str | None,
-    grid: str | None,
-    layers: str | None,
-    ceil_mode: bool,
-    preprocessing: Preprocessing,
-) -> dict[str, Any]:
-    """The arguments of ``backbones.create``, plain JSON that holds in any folder."""
-    chosen: list[Any] | None = None
-    if layers is not None:
-        chosen = _listed("layers", layers)
-        chosen = [int(part) for part in chosen] if all(part.isdigit() for part in chosen) else chosen
-    return {
-        "name": name,
-        "weights": weights if weights == "hub" else os.path.abspath(weights),
-        "image_size": _size("image-size", image_size),
-        "grid": _size("grid", grid),
-        "layers": chosen,
-        "ceil_mode": ceil_mode,
-        "preprocessing": preprocessing.value,
-    }
-
-
-def _load(
-    root: Path,
-    split: str | None,
-    skip_bad: bool,
-    classes: str | None = None,
-    *,
-    tags: str | None = None,
-    mask_numbers: MaskNumbers | None = None,
-    masks: bool = True,
-) -> TaggedImages:
-    only = None if classes is None else _listed("classes", classes)
-    choice = {"split": split, "tags": tags, "mask_numbers": mask_numbers and mask_numbers.value}
-    given = {name: value for name, value in choice.items() if value is not None}
-    found = data.load(root, masks=masks, skip_bad=skip_bad, **given)
-    return found if only is None else found.only(only)
-
-
-def _test_split(root: Path) -> str | None:
-    """The list that is judged by where none is asked for."""
-    return "val" if voc.find(root) is not None else "val2017" if coco.find(root) is not None else None
-
-
-def _files(paths: list[Path], out: Path | None = None) -> dict[str, Path]:
-    """The images of ``paths``, which are files or folders of them, by their path in there without the suffix.
-
-    In a folder, what is hidden and what is in the folder ``out`` of results do not count.
-    """
-    found: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path}: there is no such file or folder")
-        inner = [path] if path.is_file() else _inside(path, out)
-        if not inner:
-            raise ValueError(f"{path} holds no image")
-        for file in inner:
-            name = file.relative_to(path.parent if path.is_file() else path).with_suffix("").as_posix()
-            if found.setdefault(name, file) != file:
-                raise ValueError(f"images must have different names; {found[name]} and {file} are both {name}")
-    return found
-
-
-def _inside(folder: Path, out: Path | None) -> list[Path]:
-    results = None if out is None else Path(os.path.relpath(out.resolve(), folder.resolve()))
-    found = []
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        # not where the results are in the folder itself: there is no telling them from images then
-        if is_image(file.name) and not hidden and (results == Path() or results not in inside.parents):
-            found.append(file)
-    return found
-
-
-def _refuse_overwriting(paths: dict[str, Path], out: Path, endings: Sequence[str]) -> None:
-    """Whether every result has a file of its own in ``out``, and none is one of the images."""
-    targets = [out / f"{name}{ending}.png" for name in paths for ending in endings]
-    images = {path.resolve() for path in paths.values()}
-    if lost := [str(target) for target in targets if target.resolve() in images]:
-        raise ValueError(f"out must be another folder: there images would be overwritten, {some(lost)}")
-    if twice := [str(target) for target, count in Counter(targets).items() if count > 1]:
-        raise ValueError(f"results must have different names; of two images would be {some(twice)}")
-
-
-def _tagged(paths: dict[str, Path], name: str, skip_bad: bool) -> TaggedImages:
-    """Files that can be read, by name, all of the class ``name``."""
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths.values()]))
-    return checked(
-        TaggedImages(list(paths), [name], np.ones((len(paths), 1)), list(paths.values())), root, skip_bad=skip_bad
-    )
 
 
 def _crf_is_there() -> bool:
@@ -476,31 +323,6 @@ def _show_times(segmenter: Any, title: str) -> None:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _size(option: str, text: str | None) -> list[int] | None:
-    try:
-        if text is None:
-            return None
-        height, width = (int(part) for part in text.split("x"))
-        return [height, width]
-    except ValueError:
-        raise ValueError(f"{option} must be HEIGHTxWIDTH such as 256x336, got {text!r}") from None
-
-
-def _listed(option: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ValueError(f"{option} must be names with commas between them, got {text!r}")
-    return parts
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        whole = "whole " if kind is int else ""
-        raise ValueError(f"{option} must be {whole}numbers such as 1,2, got {text!r}") from None
 
 
 @app.command()

@@ -11,7 +11,9 @@ from toy_segmentation import toy_backbone
 from typer.testing import CliRunner
 
 from moe_kernels.cli import segment
+from moe_kernels.cli import segment_options as options
 from moe_kernels.models import files
+from moe_kernels.models.data.rgb import read_rgb
 from moe_kernels.models.segmentation import SegmentConfig, configuration, crf, demo, pictures
 from moe_kernels.models.segmentation.evaluation import MeanIoU
 
@@ -112,7 +114,9 @@ def test_options_reach_the_configuration(voc, tmp_path, monkeypatch):
     expected = {"name": "resnet18", "weights": str(weights), "image_size": [32, 40], "grid": [8, 10], "layers": [0, 2]}
     assert found["created"] == expected | {"ceil_mode": True, "preprocessing": "caffe"}
     assert made == [found["created"]]
-    assert segment._created("vgg16", "hub", None, None, "conv1_1,conv1_2/pool", False, segment.Preprocessing.caffe) == {
+    assert options.created_by(
+        "vgg16", "hub", None, None, "conv1_1,conv1_2/pool", False, options.Preprocessing.caffe
+    ) == {
         "name": "vgg16",
         "weights": "hub",
         "image_size": None,
@@ -133,15 +137,15 @@ def test_the_options_have_the_configurations_defaults():
                 assert value == "1,5,10,20,50"
             else:
                 assert getattr(value, "value", value) == getattr(config, name), name
-        assert segment._numbers("", parameters["localization_rates"], float) == config.localization_rates
+        assert options.numbers("", parameters["localization_rates"], float) == config.localization_rates
     assert set(vars(config)) <= set(inspect.signature(segment.fit).parameters)
     for kind, values in (
-        (segment.Loss, configuration.LOSSES),
-        (segment.Strategy, configuration.STRATEGIES),
-        (segment.Penalty, configuration.PENALTIES),
-        (segment.Storage, configuration.STORAGES),
-        (segment.Preprocessing, segment.backbones.PREPROCESSING),
-        (segment.MaskNumbers, segment.coco.MASK_NUMBERS),
+        (options.Loss, configuration.LOSSES),
+        (options.Strategy, configuration.STRATEGIES),
+        (options.Penalty, configuration.PENALTIES),
+        (options.Storage, configuration.STORAGES),
+        (options.Preprocessing, segment.backbones.PREPROCESSING),
+        (options.MaskNumbers, segment.coco.MASK_NUMBERS),
     ):
         assert [choice.value for choice in kind] == list(values)
 
@@ -181,7 +185,7 @@ def test_predict_writes_label_maps_with_a_palette_and_pictures(fitted, voc, tmp_
     assert written == ["2007_000016-overlay.png", "2007_000016.png", "deep/grey-overlay.png", "deep/grey.png"]
     with Image.open(tmp_path / "out" / "2007_000016.png") as found, Image.open(first) as image:
         assert (found.mode, found.size) == ("P", image.size)
-        expected = segment.segmentation.Segmenter.load(fitted).predict(segment.data.tagged.read_rgb(first))
+        expected = segment.segmentation.Segmenter.load(fitted).predict(read_rgb(first))
         np.testing.assert_array_equal(np.asarray(found), expected)
         colours = np.array(found.getpalette()).reshape(-1, 3)
         np.testing.assert_array_equal(colours[: expected.max() + 1], pictures.palette()[: expected.max() + 1])
@@ -281,8 +285,10 @@ def test_the_crf_is_used_where_it_is_asked_for(fitted, voc, tmp_path):
     assert "with CRF, %" in output
     assert files.read_json(tmp_path / "found.json")["crf"]["mean"] > 0
     image = next((voc / "JPEGImages").glob("2007_000016.*"))
-    for options in (["--crf"], []):
-        code, output = call("predict", fitted, image, "--out", tmp_path / str(len(options)), "--no-overlay", *options)
+    for arguments in (["--crf"], []):
+        code, output = call(
+            "predict", fitted, image, "--out", tmp_path / str(len(arguments)), "--no-overlay", *arguments
+        )
         assert code == 0, output
     plain, refined = ((tmp_path / name / "2007_000016.png").read_bytes() for name in "01")
     assert plain != refined
