@@ -15,7 +15,8 @@ class Facts(NamedTuple):
 
     g is the gradient of the loss, r that of the regularizer, λ the coefficient, d the direction that was stepped
     along. Tensors on the device of the parameters: reading one waits for it, making them does not. NaN where nothing
-    was measured, or where a vector is 0 (λ = 0 too) and has no direction. Angles are in degrees.
+    was measured, or where a vector is 0 (λ = 0 too) and has no direction. A group without any gradient keeps what it
+    had. Angles are in degrees.
     """
 
     steps: Tensor
