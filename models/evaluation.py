@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 
@@ -17,6 +18,22 @@ from .data.domains import ImageDataset
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of ``precision``: bfloat16 for ``"bfloat16"``, none for ``"float32"``."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model gives: a tensor, the first of a tuple, or ``.logits`` of a transformers output.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output[0] if type(output) is tuple and output else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must give logits, (B, classes), or an output with .logits, got {type(output).__name__}"
+        )
+    return logits
 
 
 def accuracy(
@@ -62,7 +79,7 @@ def accuracy_and_loss(
     with torch.no_grad():
         for images, labels in loader:
             with autocast(device, precision):
-                logits = model(images.to(device))
+                logits = logits_of(model(images.to(device)))
             labels = labels.to(device)
             sums[0] += (logits.argmax(dim=-1) == labels).sum()
             sums[1] += cross_entropy(logits.float(), labels, reduction="sum")

@@ -30,13 +30,17 @@ def identity(*facts: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each key on which two configurations differ."""
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], within: str = "") -> list[str]:
+    """One line for each key on which two configurations differ; ``within`` is what stands before the keys."""
     lines = []
     for key in sorted({*theirs, *ours}):
-        there, here = (repr(side[key]) if key in side else "nothing" for side in (theirs, ours))
-        if there != here:
-            lines.append(f"{key}: {there} there, {here} here")
+        there, here = (side.get(key) for side in (theirs, ours))
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += differences(there, here, f"{within}{key}.")
+            continue
+        told, asked = (repr(side[key]) if key in side else "nothing" for side in (theirs, ours))
+        if told != asked:
+            lines.append(f"{within}{key}: {told} there, {asked} here")
     return lines
 
 

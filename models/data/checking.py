@@ -1,4 +1,4 @@
-"""Decoding images from disk, and decoding all of them before training starts.
+"""Decoding all images on disk before training starts.
 
 A broken file then costs a minute at the start and not a run half-way through. What was found sound is
 remembered, by path, size and time of change, in a file under the user's cache folder, so that the next
@@ -12,26 +12,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image
 from tqdm import tqdm
 
 from ..files import replacing
+from .rgb import read_rgb
+
+T = TypeVar("T")
 
 _CHUNK = 64
-
-
-def decode(file: str) -> Image.Image:
-    """The whole image in RGB.
-
-    Raises:
-        Exception: of many kinds, as PIL's decoders raise it, when the file is missing, truncated or no image.
-    """
-    with Image.open(file) as image:
-        return image.convert("RGB")
+# Another number when read_rgb takes other files than before: what was found sound is then forgotten.
+_ACCEPTED = 2
 
 
 def unreadable(
@@ -42,7 +38,7 @@ def unreadable(
     Files under ``root`` that an earlier call found sound and that have not changed are not decoded again.
 
     Args:
-        read: decodes one, by default :func:`decode`.
+        read: decodes one, by default :func:`read_rgb`.
         what: the files are; names the bar and what is remembered, so every ``read`` has its own.
     """
     memory = _memory_file(root, what)
@@ -51,43 +47,59 @@ def unreadable(
     todo = [file for file, mark in zip(files, marks, strict=True) if mark not in sound]
     bad: dict[str, str] = {}
     if todo:
-        with tqdm(total=len(todo), desc=f"checking {what} of {root.name}", unit="file", disable=None) as bar:
-            for checked, found in _in_threads(todo, read or decode):
-                bad.update(found)
-                bar.update(checked)
+        for found in _in_threads(todo, partial(_decode_all, read=read or read_rgb), f"checking {what} of {root.name}"):
+            bad.update(found)
         _remember(memory, sound | {mark for file, mark in zip(files, marks, strict=True) if mark and file not in bad})
     return {file: bad[file] for file in files if file in bad}
 
 
-def _in_threads(files: Sequence[str], read: Callable[[str], object]) -> Iterator[tuple[int, dict[str, str]]]:
-    """How many files were decoded and which of them could not be, a chunk at a time."""
+def digests(files: Sequence[str], root: Path) -> dict[str, str]:
+    """A hash of the bytes of each of ``files``, read in threads under a progress bar.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    found: dict[str, str] = {}
+    for some in _in_threads(files, _hash_all, f"hashing images of {root.name}"):
+        found.update(some)
+    return found
+
+
+def _in_threads(files: Sequence[str], work: Callable[[Sequence[str]], T], what: str) -> Iterator[T]:
+    """What ``work`` gives for each chunk of ``files``, as they end, under a progress bar."""
     threads = len(os.sched_getaffinity(0))
     chunks = iter([files[first : first + _CHUNK] for first in range(0, len(files), _CHUNK)])
     pool = ThreadPoolExecutor(threads)
-    try:
-        running: set[Future[tuple[int, dict[str, str]]]] = set()
-        while True:
-            # Few at a time: millions of waiting futures would fill the memory, and would have to be
-            # waited for when the user interrupts.
-            while len(running) < 2 * threads and (chunk := next(chunks, None)) is not None:
-                running.add(pool.submit(_decode_all, chunk, read))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tqdm(total=len(files), desc=what, unit="file", disable=None) as bar:
+        try:
+            running: dict[Future[T], int] = {}
+            while True:
+                # Few at a time: millions of waiting futures would fill the memory, and would have to be
+                # waited for when the user interrupts.
+                while len(running) < 2 * threads and (chunk := next(chunks, None)) is not None:
+                    running[pool.submit(work, chunk)] = len(chunk)
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    bar.update(running.pop(future))
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _decode_all(files: Sequence[str], read: Callable[[str], object]) -> tuple[int, dict[str, str]]:
+def _decode_all(files: Sequence[str], read: Callable[[str], object]) -> dict[str, str]:
+    """Those that cannot be decoded, with the reasons."""
     bad = {}
     for file in files:
         try:
             read(file)
         except Exception as error:  # PIL's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
             bad[file] = reason(error)
-    return len(files), bad
+    return bad
+
+
+def _hash_all(files: Sequence[str]) -> dict[str, str]:
+    return {file: hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest() for file in files}
 
 
 def reason(error: Exception) -> str:
@@ -105,7 +117,7 @@ def _mark(file: str) -> int:
         status = os.stat(file)
     except OSError:
         return 0
-    facts = f"{PIL.__version__}\0{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}"
+    facts = f"{_ACCEPTED}\0{PIL.__version__}\0{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}"
     return int.from_bytes(hashlib.blake2b(os.fsencode(facts), digest_size=8).digest(), "little")
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from .checking import decode, reason
+from .checking import reason
 from .domains import ImageDataset
+from .rgb import read_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,7 +29,7 @@ class Folder(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
-            image = decode(self.files[index])
+            image = read_rgb(self.files[index], over_white=False)  # as the published protocols do
         except Exception as error:
             raise RuntimeError(f"{self.files[index]} can no longer be read: {reason(error)}") from error
         return self.transform(image), int(self.labels[index])

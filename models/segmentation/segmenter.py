@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from .. import files, runs
 from ..data.images import some
+from ..data.rgb import in_rgb, read_rgb
 from . import backbones, classifier, crf, localization, points, saved
 from .backbones import Backbone
 from .cache import FeatureCache
 from .classifier import PixelClassifier
 from .configuration import SegmentConfig
-from .data.pixels import IGNORED, in_rgb, read_rgb
+from .data.pixels import IGNORED
 from .data.tagged import TaggedImages, check_class, checked
 from .evaluation import BACKGROUND, MeanIoU
 from .localization import Localizer, Task

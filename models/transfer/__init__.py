@@ -9,11 +9,12 @@ from .regularizers import (
     L2SP,
     REGULARIZERS,
     AttentionTransfer,
+    FeatureRegularizer,
     KnowledgeDistillation,
     Regularizer,
 )
 from .schedules import coefficient_at
-from .trainer import finetune
+from .trainer import Diverged, finetune
 
 __all__ = [
     "COEFFICIENTS",
@@ -24,6 +25,8 @@ __all__ = [
     "REGULARIZERS",
     "AttentionTransfer",
     "Backbone",
+    "Diverged",
+    "FeatureRegularizer",
     "FineTuneConfig",
     "KnowledgeDistillation",
     "Regularizer",

@@ -20,6 +20,8 @@ Head = str | Sequence[str] | None
 
 _HEADS = ("fc", "classifier", "head", "heads", "score")
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_KERNELS = (nn.Linear, _CONVOLUTIONS)
 
 
 class Stage(NamedTuple):
@@ -54,8 +56,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def find_head(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier's parameters.
 
-    The classifier is what timm's ``get_classifier()`` gives; otherwise the last linear layer of a child named
-    ``fc``, ``classifier``, ``head``, ``heads`` or ``score``, as torchvision and transformers have it.
+    The classifier is what timm's ``get_classifier()`` gives; otherwise the last linear layer or convolution of a child
+    named ``fc``, ``classifier``, ``head``, ``heads`` or ``score``, as torchvision and transformers have it.
 
     Raises:
         ValueError: there is none, or several such children.
@@ -67,8 +69,8 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
         found = [module for module in (given if isinstance(given, tuple | list) else [given]) if module in names]
     else:
         children = [child for name, child in model.named_children() if name in _HEADS]
-        linears = [[module for module in child.modules() if isinstance(module, nn.Linear)] for child in children]
-        found = [layers[-1] for layers in linears if layers]
+        kernels = [[module for module in child.modules() if isinstance(module, _KERNELS)] for child in children]
+        found = [layers[-1] for layers in kernels if layers]
         found = found if len(found) == 1 else []
     parameters = tuple(name for module in found for name in _prefixed(model, names[module]))
     if not parameters:
@@ -130,7 +132,7 @@ def find_stages(model: nn.Module) -> tuple[Stage, ...]:
     model = unwrap(model)
     stages = tuple(_resnet(model) or _vgg(model) or _transformer(model))
     if not stages:
-        kernels = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | _CONVOLUTIONS)]
+        kernels = [name for name, module in model.named_modules() if isinstance(module, _KERNELS)]
         raise ValueError(
             f"layers: none are known for {type(model).__name__}; pass their names (its layers: {_some(kernels)})"
         )
@@ -154,9 +156,6 @@ def check_layers(model: nn.Module, layers: Sequence[str], what: str = "layers") 
             raise ValueError(f"{what}: {type(model).__name__} has no module {name!r}{_near(name, model)}")
 
 
-_CONVOLUTIONS = nn.modules.conv._ConvNd
-
-
 def _resnet(model: nn.Module) -> list[Stage]:
     stages: list[Stage] = []
     while isinstance(blocks := getattr(model, f"layer{len(stages) + 1}", None), nn.Sequential) and len(blocks):
@@ -166,7 +165,8 @@ def _resnet(model: nn.Module) -> list[Stage]:
             return []
         output = f"layer{len(stages) + 1}"
         stages.append(Stage(output, f"{output}.{last}.{kernel}"))
-    return stages
+    # HRNet has a layer1 too, and then goes on otherwise
+    return stages if len(stages) > 1 else []
 
 
 def _vgg(model: nn.Module) -> list[Stage]:

@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..weights import digest, read_state_dict, without_prefixes
-from .architectures import find_head
+from .architectures import Head, head_parameters
 
 HUB = "hub"
 LIBRARIES = ("timm", "torchvision")
+# Classifiers in the middle of GoogLeNet and Inception, which only helped to train the source.
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# They are built without those, and with the change of normalization that torchvision's weights were trained with.
+_OPTIONS = {
+    name: {"aux_logits": False, "transform_input": True, "init_weights": True}
+    for name in ("torchvision/googlenet", "torchvision/inception_v3")
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Backbone:
         name: of the architecture with its library, ``"timm/resnet18"``.
         weights: the source's state dict, with any head or none; ``None``: random.
         size, mean, std: of the images that it was made for.
+        head: names of the parameters of the new head.
     """
 
     name: str
@@ -40,6 +48,7 @@ class Backbone:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    head: tuple[str, ...]
 
     def build(self, num_classes: int) -> nn.Module:
         """The model, (B, 3, H, W) → (B, num_classes), with the source's weights and a new head from torch's generator.
@@ -49,15 +58,33 @@ class Backbone:
         """
         model = _architecture(self.name, num_classes=num_classes)
         if self.weights is not None:
-            load_backbone(model, self.weights, self.name)
+            load_backbone(model, self.weights, self.name, self.head)
         return model
+
+    def check_size(self, size: int) -> None:
+        """Refuse images of ``size`` × ``size`` where the model takes only its own, as most transformers do.
+
+        Raises:
+            ValueError: it takes those of :attr:`size` and not these.
+        """
+        model = _skeleton(self.name).eval()
+        failed = _failure(model, size)
+        if failed is not None and _failure(model, self.size) is None:
+            raise ValueError(
+                f"crop (--crop): {self.name} was made for images of {self.size} × {self.size} and cannot take "
+                f"{size} × {size} ({failed})"
+            )
 
     def description(self) -> dict[str, Any]:
         """What identifies it, plain JSON."""
-        return {"model": self.name, "weights": None if self.weights is None else digest(self.weights)}
+        return {
+            "model": self.name,
+            "weights": None if self.weights is None else digest(self.weights),
+            "new_head": list(self.head),
+        }
 
 
-def load(name: str, source: str | os.PathLike[str] | None = HUB) -> Backbone:
+def load(name: str, source: str | os.PathLike[str] | None = HUB, *, head: tuple[str, ...] | None = None) -> Backbone:
     """The backbone ``name`` with the weights of ``source``.
 
     Args:
@@ -65,15 +92,18 @@ def load(name: str, source: str | os.PathLike[str] | None = HUB) -> Backbone:
             ``torchvision/resnet18``.
         source: ``"hub"`` downloads the library's own weights; a path reads a ``.safetensors`` file or one of
             ``torch.save``; ``None`` leaves the weights random.
+        head: names of the modules or parameters whose weights are not the source's; by default
+            :func:`~.architectures.find_head`.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), or a file that cannot be read or does not fit.
+        ValueError: an unknown name (near ones are listed), a head that is not found, or a file that cannot be read or
+            does not fit.
         FileNotFoundError: there is no such file.
         RuntimeError: the weights could not be downloaded.
     """
     name = _full_name(name)
-    with torch.device("meta"):
-        model = _architecture(name, num_classes=1)
+    model = _skeleton(name)
+    new = head_parameters(model, head)
     facts = getattr(model, "pretrained_cfg", None) or {}
     if source is None:
         weights = None
@@ -82,26 +112,34 @@ def load(name: str, source: str | os.PathLike[str] | None = HUB) -> Backbone:
     else:
         weights = read_state_dict(source)
     if weights is not None:
-        _backbone_state(model, weights, os.fspath(source or HUB))
+        _backbone_state(model, weights, os.fspath(source or HUB), new)
     size = facts.get("input_size", (3, 224, 224))[-1]
-    return Backbone(name, weights, size, tuple(facts.get("mean", IMAGENET_MEAN)), tuple(facts.get("std", IMAGENET_STD)))
+    mean, std = tuple(facts.get("mean", IMAGENET_MEAN)), tuple(facts.get("std", IMAGENET_STD))
+    return Backbone(name, weights, size, mean, std, new)
 
 
-def load_backbone(model: nn.Module, state: Mapping[str, Tensor], where: str = "state") -> None:
+def load_backbone(model: nn.Module, state: Mapping[str, Tensor], where: str = "state", head: Head = None) -> None:
     """Load everything but the head into ``model`` in place.
 
-    Names may have the prefixes that wrappers add.
+    Names may have the prefixes that wrappers add. Auxiliary classifiers that only ``state`` has are left out.
+
+    Args:
+        head: names of its modules or parameters; by default :func:`~.architectures.find_head`.
 
     Raises:
         ValueError: all missing and unknown names and wrong shapes are listed, and nothing is loaded.
     """
-    model.load_state_dict(_backbone_state(model, state, where), strict=False)
+    model.load_state_dict(_backbone_state(model, state, where, head), strict=False)
 
 
-def _backbone_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    own, head = model.state_dict(), set(find_head(model))
-    given = {name: tensor for name, tensor in without_prefixes(state, own).items() if name not in head}
-    wanted = {name: tensor for name, tensor in own.items() if name not in head}
+def _backbone_state(model: nn.Module, state: Mapping[str, Tensor], where: str, head: Head) -> dict[str, Tensor]:
+    own, new = model.state_dict(), set(head_parameters(model, head))
+    given = {
+        name: tensor
+        for name, tensor in without_prefixes(state, own).items()
+        if name not in new and (name in own or not name.startswith(_AUXILIARY))
+    }
+    wanted = {name: tensor for name, tensor in own.items() if name not in new}
     problems = {
         # counted for the momentum only, and not in old files
         "missing": [name for name in wanted if name not in given and not name.endswith(".num_batches_tracked")],
@@ -138,8 +176,29 @@ def _architecture(name: str, num_classes: int) -> nn.Module:
     library, _, rest = name.partition("/")
     if library == "timm":
         return timm.create_model(rest, num_classes=num_classes)
-    model: nn.Module = torchvision.models.get_model(rest, weights=None, num_classes=num_classes)
+    options = _OPTIONS.get(name, {})
+    model: nn.Module = torchvision.models.get_model(rest, weights=None, num_classes=num_classes, **options)
     return model
+
+
+def _skeleton(name: str) -> nn.Module:
+    """The model for one class, to be looked at: where that is possible, without the cost of its weights."""
+    try:
+        with torch.device("meta"):
+            return _architecture(name, num_classes=1)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        return _architecture(name, num_classes=1)
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, size: int) -> str | None:
+    """Why ``model`` cannot take an image of ``size``, ``None`` where it can."""
+    device = next(model.parameters()).device
+    try:
+        model(torch.zeros(1, 3, size, size, device=device))
+    except Exception as error:  # each library refuses in its own way, with assertions too
+        return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return None
 
 
 def _from_hub(name: str) -> dict[str, Tensor]:

@@ -61,10 +61,10 @@ def not_below_base(text: str, tables: Sequence[Table], methods: Sequence[str]) -
         for table in tables
         for target in table.targets
     }
-    below = [f"{name}: {gain:+.1f}" for name, gain in gains.items() if gain < 0]
+    below = [f"{name}: {gain:+.2f}" for name, gain in gains.items() if gain < 0]
     numbers = (
         f"not below in {len(gains) - len(below)} of {len(gains)} cells; on average "
-        f"{statistics.fmean(gains.values()):+.2f} points, {min(gains.values()):+.1f} to {max(gains.values()):+.1f}"
+        f"{statistics.fmean(gains.values()):+.2f} points, {min(gains.values()):+.2f} to {max(gains.values()):+.2f}"
     )
     return Claim(text, not below, numbers + (f". Below: {'; '.join(below)}" if below else ""))
 

@@ -6,10 +6,13 @@ the middle in testing.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..data.checking import unreadable
+from ..data.checking import digests, unreadable
 from ..data.domains import ImageDataset
 from ..data.images import (
     EXTENSIONS,
@@ -30,6 +33,7 @@ from ..data.images import (
     subfolders,
     to_tensor,
 )
+from ..weights import digest
 
 _TRAIN, _TEST = "train", "test"
 
@@ -45,6 +49,7 @@ class Target:
         plain: the same items in the same order, without chance.
         test: other items, without chance.
         mean, std: what the images were normalized with, a value a channel.
+        origin: what else the images are determined by, plain JSON: a digest of the content, sizes, the split.
 
     Raises:
         ValueError: fewer than two classes, a part without images, ``train`` and ``plain`` of different length, or a
@@ -58,6 +63,7 @@ class Target:
     test: ImageDataset
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -73,6 +79,25 @@ class Target:
                     f"labels of {name} must be in 0 … {len(self.classes) - 1}, got {int(labels.min())} … "
                     f"{int(labels.max())}"
                 )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the tensors of its items, plain JSON: equal in every process, and of no other task.
+
+        ``name``, ``classes``, ``train`` and ``test`` (how many images), ``mean``, ``std`` and what ``origin`` has:
+        ``content``, a digest of names and bytes of the files, or of the tensors; ``crop``, and ``resize`` and
+        ``split`` (``null``, or its seed and numbers a class) of files, or ``shape`` and ``mirror`` of tensors; and
+        ``fold`` of a fold.
+        """
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "train": len(self.train),
+            "test": len(self.test),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **self.origin,
+        }
 
     def fold(self, index: int, folds: int, seed: int = 0) -> Target:
         """The task of one fold of ``folds``: to train on all of ``train`` but that fold, and to be tested on it.
@@ -91,7 +116,13 @@ class Target:
         tested = np.zeros(len(labels), bool)
         tested[dealt[index::folds]] = True
         kept, out = np.flatnonzero(~tested), np.flatnonzero(tested)
-        return replace(self, train=Part(self.train, kept), plain=Part(self.plain, kept), test=Part(self.plain, out))
+        return replace(
+            self,
+            train=Part(self.train, kept),
+            plain=Part(self.plain, kept),
+            test=Part(self.plain, out),
+            origin={**self.origin, "fold": {"index": index, "folds": folds, "seed": seed}},
+        )
 
 
 class Part(ImageDataset):
@@ -152,14 +183,17 @@ def from_tensors(
         crop: size of the random crop in training and of the middle in testing; by default images stay whole.
         mirror: in training, turn half of the images from right to left.
     """
+    plain, tested = (Tensors(*part, crop=crop) for part in (train, test))
+    content = {"train": plain.images, "train labels": plain.labels, "test": tested.images, "test labels": tested.labels}
     return Target(
         name,
         tuple(classes),
         Tensors(*train, crop=crop, chance=True, mirror=mirror),
-        Tensors(*train, crop=crop),
-        Tensors(*test, crop=crop),
+        plain,
+        tested,
         mean,
         std,
+        {"crop": crop, "mirror": mirror, "shape": list(plain.images.shape[1:]), "content": digest(content)},
     )
 
 
@@ -194,15 +228,16 @@ def load(
     ``train_per_class`` images of each class, drawn with ``seed``, are to train on and ``test_per_class`` of the others
     (by default all) to test on, as the paper has Caltech 256 with 30 or 60 and 20. The number is then part of the name.
 
-    All images are decoded once before this returns; later calls decode only files that are new or changed.
+    All images are decoded once before this returns; later calls decode only files that are new or changed. Transparent
+    ones and those of 16 bits are as :func:`~moe_kernels.models.data.rgb.in_rgb` shows them.
 
     Args:
         resize, crop: size of the whole image, and of what is cut out of it.
         skip_bad: leave out files that cannot be decoded, with a warning, instead of raising.
 
     Raises:
-        ValueError: ``root`` is missing or of another form, its parts differ in their classes, a class has too few
-            images, or files cannot be decoded (all are named).
+        ValueError: ``root`` is missing or of another form, its parts differ in their classes, a class has no or too
+            few images in a part, or files cannot be decoded (all are named).
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -221,11 +256,15 @@ def load(
     places = [root / _TRAIN, root / _TEST] if divided else [root]
     classes = _classes(places)
     listed = [list(images_in(place, classes)) for place in places]
+    _check_classes(places, listed, classes)
     bad = unreadable([file for items in listed for file, _ in items], root)
     refuse_or_leave_out(bad, sum(map(len, listed)), root, skip_bad=skip_bad)
     listed = [[item for item in items if item[0] not in bad] for items in listed]
+    _check_classes(places, listed, classes)
+    split = None
     if train_per_class is not None:
         listed = _split(listed[0], classes, train_per_class, test_per_class, seed)
+        split = {"seed": seed, "train_per_class": train_per_class, "test_per_class": test_per_class}
     trained, tested = listed
     augmented, plain = (transform(resize, crop, mean, std, augment=augment) for augment in (True, False))
     return Target(
@@ -236,6 +275,7 @@ def load(
         _folder(tested, plain),
         mean,
         std,
+        {"resize": resize, "crop": crop, "split": split, "content": _content(listed, root)},
     )
 
 
@@ -256,6 +296,13 @@ def _classes(places: Sequence[Path]) -> tuple[str, ...]:
 _Items = list[tuple[str, int]]
 
 
+def _check_classes(places: Sequence[Path], listed: Sequence[_Items], classes: Sequence[str]) -> None:
+    for place, items in zip(places, listed, strict=True):
+        if empty := sorted(set(range(len(classes))) - {label for _, label in items}):
+            lacking = some([classes[label] for label in empty])
+            raise ValueError(f"{place} must have images that can be read of every class; it has none of {lacking}")
+
+
 def _split(items: _Items, classes: Sequence[str], train: int, test: int | None, seed: int) -> list[_Items]:
     """``train`` items of each class, and ``test`` (or all) of the others, in the order of ``items``."""
     for name, value in (("train_per_class", train), ("test_per_class", test)):
@@ -274,6 +321,13 @@ def _split(items: _Items, classes: Sequence[str], train: int, test: int | None, 
         parts[0] += shuffled[:train].tolist()
         parts[1] += shuffled[train : None if test is None else needed].tolist()
     return [[items[index] for index in sorted(part)] for part in parts]
+
+
+def _content(parts: Sequence[_Items], root: Path) -> str:
+    """SHA-256 of the names under ``root``, the labels and the bytes of the files of each part."""
+    found = digests([file for items in parts for file, _ in items], root)
+    told = [[(os.path.relpath(file, root), label, found[file]) for file, label in items] for items in parts]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _folder(items: _Items, transform: Callable[[Image.Image], Tensor]) -> Folder:

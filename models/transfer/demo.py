@@ -128,7 +128,7 @@ class _Study:
     def repeat(self, pair: Pair, config: FineTuneConfig, folder: str = "") -> Results:
         """The runs of a method with every seed."""
         results = [self._do(each) for each in protocol.repeats(pair, config, self.out / folder, self.todo.repeats)]
-        what = label(config.method, config.dtnh) + (f", λ = {config.coefficient:g}" if config.coefficient else "")
+        what = label(config.name, config.dtnh) + (f", λ = {config.coefficient:g}" if config.coefficient else "")
         right = tables.percent([result["final"]["test_accuracy"] for result in results])
         self.say(f"{pair.source} → {pair.data.name}, {what}: {right} %")
         return results

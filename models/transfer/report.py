@@ -33,7 +33,7 @@ def write(
         *(report.Section(f"Source {table.source}", [tables.CAPTION], tables.rows(table)) for table in found),
         report.Section("Coefficients", ["λ in the objective J + λΩ."], _coefficients(results)),
         *more,
-        *_curves(Path(out), results),
+        *_curves(Path(out), [result for result in results if result["final"] is not None]),
     ]
     report.write(out, title, sections)
     return found
@@ -62,10 +62,14 @@ def _curves(out: Path, results: Results) -> Iterable[report.Section]:
             continue
         name = "".join(c if c.isalnum() else "-" for c in f"{source}-{target}-{method}")
         heading = f"{label(method)} and {label(method, True)}, {source} → {target}"
+        coefficients = [side[0]["run"]["coefficient"] for side in (plain, dtnh)]
+        of_each = f"λ is {coefficients[0]:g} of {label(method)} and {coefficients[1]:g} of {label(method, True)}"
+        if coefficients[0] != coefficients[1]:
+            of_each += ": what is seen is the effect of both, the projection and the other coefficient"
         pictures.plot_losses(plain, dtnh, out / f"{name}-losses.png")
         yield report.Section(
             f"Empirical loss and test loss: {heading}",
-            ["The empirical loss is the data term of the training loss, as in Figure 3 of the paper."],
+            ["The empirical loss is the data term of the training loss, as in Figure 3 of the paper.", f"{of_each}."],
             picture=f"{name}-losses.png",
         )
         for what, plot, assumption in (
@@ -76,7 +80,9 @@ def _curves(out: Path, results: Results) -> Iterable[report.Section]:
                 continue
             plot(plain, dtnh, out / f"{name}-angles-to-{what}.png")
             yield report.Section(
-                f"Angle to the {what}'s gradient: {heading}", [assumption], picture=f"{name}-angles-to-{what}.png"
+                f"Angle to the {what}'s gradient: {heading}",
+                [assumption, f"{of_each}."],
+                picture=f"{name}-angles-to-{what}.png",
             )
 
 

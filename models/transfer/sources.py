@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from ..data import digits, letters
-from ..data.drawing import colour, generators, mix, normalize, per_image, waves
+from ..data.drawing import MEAN, STD, colour, generators, mix, normalize, per_image, waves
 from ..data.splits import seed_hash
 from .data import Target, from_tensors
 
@@ -61,10 +61,20 @@ def source(name: str, count: int = 6400, seed: int = 0) -> Target:
     return _task(name, classes, (images[:-tested], labels[:-tested]), (images[-tested:], labels[-tested:]))
 
 
-def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0, size: int = SIZE) -> Target:
+def target(
+    name: str,
+    per_class: int = 10,
+    tested: int = 40,
+    seed: int = 0,
+    size: int = SIZE,
+    *,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> Target:
     """A target with ``per_class`` images of each of its ten classes to train on and ``tested`` to test on.
 
-    Images of another ``size`` are interpolated.
+    Images of another ``size`` are interpolated; ``mean`` and ``std``, a value a channel, are what they are normalized
+    with.
 
     Raises:
         ValueError: no such target, or more images than there are.
@@ -78,7 +88,7 @@ def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0, size
         images, labels = weaves(np.arange(count), seed)
         train, test = slice(None, 10 * per_class), slice(10 * per_class, None)
         classes = tuple(f"{180 * a / _CROSSED:g}° × {180 * b / _CROSSED:g}°" for a, b in _WEAVES)
-        return _task(name, classes, (images[train], labels[train]), (images[test], labels[test]), size)
+        return _task(name, classes, (images[train], labels[train]), (images[test], labels[test]), size, mean, std)
 
     ink, labels = digits.scanned()
     half = digits.partition(labels, len(_STYLES), seed)[_STYLES.index(name)]
@@ -91,7 +101,7 @@ def target(name: str, per_class: int = 10, tested: int = 40, seed: int = 0, size
         indices = np.sort(np.concatenate([some[chosen] for some in of_class]))
         images = normalize(digits.render(name, ink[indices], seed, indices))
         parts.append((images, torch.from_numpy(labels[indices])))
-    return _task(name, digits.CLASSES, *parts, size)
+    return _task(name, digits.CLASSES, parts[0], parts[1], size, mean, std)
 
 
 def textures(indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -149,12 +159,24 @@ def _painted(pattern: np.ndarray, chance: np.ndarray, noise: np.ndarray) -> Tens
 
 
 def _task(
-    name: str, classes: tuple[str, ...], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], size: int = SIZE
+    name: str,
+    classes: tuple[str, ...],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    size: int = SIZE,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
 ) -> Target:
+    """A task of images that were normalized with MEAN and STD."""
     if size != SIZE:
         canvas = round(CANVAS * size / SIZE)
         train, test = (
             (interpolate(images, size=(canvas, canvas), mode="bilinear", antialias=True), labels)
             for images, labels in (train, test)
         )
-    return from_tensors(name, classes, train, test, crop=size)
+    if (mean, std) != (MEAN, STD):
+        own_mean, own_std, new_mean, new_std = (
+            torch.tensor(values)[:, None, None] for values in (MEAN, STD, mean, std)
+        )
+        train, test = (((images * own_std + own_mean - new_mean) / new_std, labels) for images, labels in (train, test))
+    return from_tensors(name, classes, train, test, crop=size, mean=mean, std=std)

@@ -31,22 +31,27 @@ def percent(values: Sequence[float]) -> str:
 
 
 def _cell(table: Table, target: str, column: str) -> str:
-    text = percent(table.values(target, column))
+    values, lost = table.values(target, column), table.diverged(target, column)
+    if lost:
+        return f"{percent(values)}, {lost} of {lost + len(values)} diverged" if values else "diverged"
+    text = percent(values)
     if column in table.best(target):
         text = f"**{text}**"
     return f"{text} {NEGATIVE}" if table.negative(target, column) else text
 
 
 def to_json(table: Table) -> dict[str, Any]:
-    """The table for machines: by target and column the accuracy of each repeat, their mean and standard deviation."""
+    """The table for machines: by target and column the accuracy of each repeat, their mean and standard deviation, and
+    how many repeats diverged."""
 
     def cell(target: str, column: str) -> dict[str, Any] | None:
-        values = table.values(target, column)
-        if not values:
+        values, lost = table.values(target, column), table.diverged(target, column)
+        if not values and not lost:
             return None
         return {
             "repeats": values,
-            "mean": statistics.fmean(values),
+            "diverged": lost,
+            "mean": statistics.fmean(values) if values else None,
             "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
             "negative_transfer": table.negative(target, column),
             "best": column in table.best(target),

@@ -8,7 +8,7 @@ deterministic). The seed is of the task and ``config.seed``, not of the method: 
 head and the same batches.
 
 A run's folder holds ``checkpoint.pt`` while it trains, then ``final.pt`` (the last weights) and ``result.json``. A
-finished run is not repeated.
+finished run is not repeated, nor is one that diverged: its ``result.json`` says so.
 
 With a regularizer in weight space (L2, L2-SP), its gradient is made in the optimizer's step. With one of features
 (KnowDist, DELTA, attention transfer) the plain sum takes one backward of J + λΩ, and DTNH takes the gradients of both,
@@ -25,7 +25,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,9 @@ from moe_kernels.optim import AnchoredSGD
 from .. import distributed, files, runs
 from ..data import batches
 from ..data.domains import ImageDataset
+from ..data.images import some
 from ..data.splits import seed_hash
-from ..evaluation import accuracy_and_loss, autocast
+from ..evaluation import accuracy_and_loss, autocast, logits_of
 from .configuration import FineTuneConfig
 from .data import Target
 from .regularizers import DELTA
@@ -52,7 +52,7 @@ FINAL = "final.pt"
 
 
 class Diverged(RuntimeError):
-    """A loss is not finite."""
+    """A loss is not finite. The run is not repeated."""
 
 
 class StepBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -83,6 +83,13 @@ class StepBatches(Dataset[tuple[Tensor, Tensor]]):
         return batches.load((self.dataset, index, seed) for index, seed in zip(chosen[mine], seeds[mine], strict=True))
 
 
+def identity(data: Target, config: FineTuneConfig, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What identifies a run of this process group: ``run`` in what :func:`finetune` gives."""
+    facts = {"data": data.name, "classes": data.classes, "train": len(data.train), "test": len(data.test)}
+    whole = {"target": data.identity, "ranks": distributed.world()}
+    return runs.identity(facts, whole, config.identity(), description or {})
+
+
 def finetune(
     build: Callable[[], nn.Module],
     data: Target,
@@ -98,18 +105,19 @@ def finetune(
     """Fine-tune, or resume, or read back, the run of ``folder``.
 
     Args:
-        build: makes the model on the CPU with the source's weights and a new head, its output one logit per class;
-            called with torch's generator seeded for the run, and not at all when the run is finished.
+        build: makes the model on the CPU with the source's weights and a new head, its output one logit per class (a
+            tensor, the first of a tuple, or ``.logits`` of a transformers output); called with torch's generator
+            seeded for the run, and not at all when the run is finished.
         folder: the run's own folder. One process group at a time.
-        description: more of what identifies the run (``source``, ``model``, a digest of the weights), plain JSON. It
-            and ``config`` must be those of what the folder holds.
+        description: more of what identifies the run (``source``, ``model``, a digest of the weights), plain JSON. It,
+            ``data.identity``, ``config`` and the number of ranks must be those of what the folder holds.
         workers: loader processes a rank; 0 loads in this process.
         checkpoint_share: largest share of the time that writing checkpoints may take; the first is written after the
             first step, to learn what it costs.
         on_step: called with the number of finished steps, at the start too.
 
     Returns:
-        The content of ``result.json``: ``run`` (the configuration), ``history`` and ``final``, its last entry. An entry
+        The content of ``result.json``: ``run`` (:func:`identity`), ``history`` and ``final``, its last entry. An entry
         has ``step`` (how many are done), ``empirical_loss`` (the data term of the batches since the last entry, mean),
         ``regularizer`` (Ω: in weight space at this step, of features the mean since the last entry), ``coefficient`` (λ
         of this step), ``test_loss`` and ``test_accuracy``, and, as means over the steps since the last entry,
@@ -119,14 +127,14 @@ def finetune(
         averaged.
 
     Raises:
-        ValueError: a folder of another configuration (the differences are listed), or layers, head or scope that do
-            not fit the model.
-        Diverged: the loss is not finite.
+        ValueError: a folder of another configuration (the differences are listed); layers, head or scope that do not
+            fit the model; a model that has not one logit a class, nothing to train, or weights that are not finite.
+        Diverged: the loss is not finite, now or when the folder was written. Its ``result.json`` then has ``final``
+            ``null`` and the message under ``diverged``.
         RuntimeError: another process works in the folder.
     """
     folder, device = Path(folder), torch.device(device)
-    facts = {"data": data.name, "classes": data.classes, "train": len(data.train), "test": len(data.test)}
-    run = runs.identity(facts, asdict(config), {"coefficient": config.initial_coefficient}, description or {})
+    run = identity(data, config, description)
     on_step = on_step or (lambda step: None)
     with runs.opened(folder, run, device) as (result, checkpoint):
         if result is None:
@@ -137,9 +145,14 @@ def finetune(
                     training.restore(checkpoint)
                 start = 0 if checkpoint is None else checkpoint["step"]
                 result = _train(training, start, folder, run, checkpoint_share, on_step)
+            except Diverged as error:
+                result = {"run": run, "history": training.history, "final": None, "diverged": str(error)}
+                runs.finish(folder, result)
             finally:
                 training.close()
         on_step(config.steps)
+    if result["final"] is None:
+        raise Diverged(result["diverged"])
     return result
 
 
@@ -158,9 +171,18 @@ class _Training:
     ) -> None:
         self.model, self.data, self.config, self.device, self.workers = model, data, config, device, workers
         self.seed = _seed(data, config)
+        self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not self.named:
+            raise ValueError(f"build: expected a model to train, all parameters of {type(model).__name__} are frozen")
+        broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+        broken += [name for name, buffer in model.named_buffers() if buffer.isnan().any()]  # masks may hold −∞
+        if broken:
+            raise ValueError(f"build: the model's weights are not finite in {some(broken)}")
         self.regularizer = config.regularizer()
         if self.regularizer is not None:
             self.regularizer.bind(model)
+            if isinstance(self.regularizer, DELTA) and not self.regularizer.head:
+                raise ValueError("head: delta weighs its channels with a new head trained alone, got none")
         self.features = self.regularizer is not None and self.regularizer.uses_features
         self.two_gradients = self.features and (config.dtnh or config.measure)
         self.projects = self.regularizer is not None and (not self.features or self.two_gradients)
@@ -168,7 +190,6 @@ class _Training:
         if distributed.world() > 1 and not self.two_gradients:
             devices = [device] if device.type == "cuda" else None
             self.network = DistributedDataParallel(model, devices, broadcast_buffers=False)
-        self.named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.optimizer = self._optimizer()
         if not self.features:
             self.close()  # the optimizer has its own copies of the anchors
@@ -238,9 +259,11 @@ class _Training:
             group["lr"], group["coefficient"] = self.config.learning_rate_at(step), coefficient
         self.optimizer.zero_grad()
         with autocast(self.device, self.config.precision):
-            logits = self.network(images)
-        loss = cross_entropy(logits.float(), labels)
+            output = self._forward(images)
+        loss = self._loss(output, labels)
         penalty = self.regularizer.penalty() if self.regularizer is not None and self.features else None
+        if penalty is not None and not penalty.requires_grad:
+            raise ValueError(f"method {self.config.name!r}: no parameter that is trained changes its penalty")
         if penalty is None:
             loss.backward()
             self.optimizer.step()
@@ -253,6 +276,19 @@ class _Training:
         self.sums += torch.stack((loss.detach(), omega, torch.ones_like(loss)))
         if self.projects:
             self._note_facts()
+
+    def _forward(self, images: Tensor) -> Any:
+        try:
+            return self.network(images)
+        except ValueError as error:  # such as batch normalization of a single image
+            raise ValueError(f"the model refuses a batch of shape {tuple(images.shape)}: {error}") from error
+
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        """The empirical loss, of what the model gives."""
+        logits, expected = logits_of(output), (len(labels), len(self.data.classes))
+        if logits.shape != expected:
+            raise ValueError(f"build: expected a model that gives logits {expected}, got {tuple(logits.shape)}")
+        return cross_entropy(logits.float(), labels)
 
     def _two_backwards(self, loss: Tensor, penalty: Tensor) -> dict[str, Tensor | None]:
         """Sets the gradients of the loss and gives the penalty's by name; each is the mean over ranks."""
@@ -275,9 +311,8 @@ class _Training:
         """Append to the history, ``done`` steps being done."""
         loss, penalty, count = distributed.sum_(self.sums.clone()).tolist()
         if not math.isfinite(loss + penalty):
-            raise Diverged(
-                f"the loss is not finite by step {done} (empirical loss {loss / count}, regularizer "
-                f"{penalty / count}); a smaller learning rate or coefficient may help"
+            raise self._diverged(
+                f"the loss is not finite by step {done} (empirical loss {loss / count}, regularizer {penalty / count})"
             )
         distributed.broadcast_(self.model.buffers())
         facts = [total / times if times else None for total, times in self.facts.T.tolist()]
@@ -290,10 +325,7 @@ class _Training:
         )
         omega = penalty / count if self.features else self._distance()
         if not math.isfinite(test_loss):
-            raise Diverged(
-                f"the loss on the test set is not finite after {done} steps ({test_loss}); a smaller learning rate or "
-                "coefficient may help"
-            )
+            raise self._diverged(f"the loss on the test set is not finite after {done} steps ({test_loss})")
         self.history.append(
             {
                 "step": done,
@@ -307,6 +339,11 @@ class _Training:
         )
         self.sums.zero_()
         self.facts.zero_()
+
+    def _diverged(self, what: str) -> Diverged:
+        coefficient = self.config.initial_coefficient
+        of_it = f" or a coefficient below {coefficient:g}, such as cross-validation finds," if coefficient else ""
+        return Diverged(f"{what}; a learning rate below {self.config.learning_rate:g}{of_it} may help")
 
     def _distance(self) -> float | None:
         """Ω of a regularizer in weight space: ‖w − w₀‖² over what has an anchor."""
@@ -336,7 +373,7 @@ class _Training:
         seed = seed_hash(self.seed, "head")
         for images, labels in _bar(steps, "delta: the head alone", self.batches(0, steps, seed)):
             optimizer.zero_grad()
-            cross_entropy(model(images), labels).backward()
+            self._loss(model(images), labels).backward()
             distributed.mean_(parameter.grad for parameter in head if parameter.grad is not None)
             optimizer.step()
         with _bar(0, "delta: channels") as bar:
@@ -345,7 +382,7 @@ class _Training:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            delta.estimate(model, self.batches(steps, steps + config.estimate_batches, seed), cross_entropy, show)
+            delta.estimate(model, self.batches(steps, steps + config.estimate_batches, seed), self._loss, show)
 
 
 def _bar(total: int, what: str, items: Iterable[Any] | None = None) -> Any:

@@ -1,9 +1,11 @@
-"""What the commands that train share: options, one-sentence errors, and who looks at the images first."""
+"""What the commands that train share: options, one-sentence errors, where they write, and who looks at images first."""
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -40,13 +42,29 @@ def one_sentence(*, resumes: bool = True) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command " + ("goes on from here" if resumes else "begins anew"), err=True)
         raise typer.Exit(130) from None
     finally:
         warnings.formatwarning = formatted
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder ``out``, and refuse one that files cannot be written to.
+
+    Raises:
+        ValueError: why not.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"out (--out): {out} must be a folder that can be written to ({error.strerror})") from error
 
 
 def first_rank_first(load: Callable[[], T]) -> T:

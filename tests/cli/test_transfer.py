@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from moe_kernels.cli import transfer
 from moe_kernels.models import files
-from moe_kernels.models.transfer import backbones, demo, protocol
+from moe_kernels.models.data.images import IMAGENET_MEAN, IMAGENET_STD
+from moe_kernels.models.transfer import backbones, demo, protocol, sources
 
 CLASSES = ("cat", "dog")
 
@@ -107,9 +108,89 @@ def test_an_embedded_target_at_the_size_of_the_model(weights, tmp_path):
     assert code == 0, output
     run = files.read_json(tmp_path / "results.json")["runs"][0]["run"]
     assert (run["data"], run["train"], run["test"]) == ("sketch", 20, 10)
-    code, output = call("train", "embedded:photos", *options)
+    # normalized as the backbone's images were
+    target = sources.target("sketch", 2, 1, 0, 40, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    assert run["target"] == target.identity
+    for arguments, message in (
+        (["embedded:photos"], "name must be one of inverted, sketch, weaves, got 'photos'"),
+        (["embedded:sketch", "--resize", 44], "resize is for images of files; those of embedded:sketch are drawn"),
+        (["embedded:sketch", "--skip-bad"], "skip-bad is for images of files"),
+    ):
+        code, output = call("train", *arguments, *options)
+        assert code == 1
+        assert message in output
+
+
+@pytest.mark.parametrize("option", ["--crop", "--resize", "--train-per-class", "--test-per-class"])
+@pytest.mark.parametrize("target", ["embedded:sketch", "folder"])
+def test_zero_is_not_the_default(option, target):
+    code, output = call("train", target, option, 0)
+    assert code == 2
+    assert f"Invalid value for '{option}'" in output
+
+
+def test_images_of_a_size_that_the_model_does_not_take(train, monkeypatch, tmp_path):
+    class Fixed(Tiny):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[-1] == 224, f"Input width ({images.shape[-1]}) doesn't match model (224)."
+            return super().forward(images)
+
+    monkeypatch.setattr(backbones, "_architecture", lambda name, num_classes: Fixed(num_classes))
+    code, output = train("--method", "l2-sp")
     assert code == 1
-    assert "name must be one of inverted, sketch, weaves, got 'photos'" in output
+    assert output == (
+        "error: crop (--crop): timm/resnet18 was made for images of 224 × 224 and cannot take 16 × 16 "
+        "(Input width (16) doesn't match model (224)) "
+    )
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_name_is_of_one_source(train, weights, tmp_path):
+    assert train("--method", "l2")[0] == 0
+    other = tmp_path / "other" / weights.name
+    other.parent.mkdir()
+    torch.save(Tiny(9).state_dict(), other)
+    code, output = train("--method", "l2-sp", "--source", other)
+    assert code == 1
+    assert "has runs of another source of the name places; give this one its own with --source-name: weights:" in output
+    code, output = train("--method", "l2-sp", "--source", other, "--source-name", "Other")
+    assert code == 0, output
+    assert [table["source"] for table in files.read_json(tmp_path / "results.json")["tables"]] == ["Other", "places"]
+
+
+def test_a_source_of_the_hub_has_the_models_name(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "_from_hub", lambda name: Tiny(9).state_dict())
+    code, output = train("--source", "hub", "--model", "torchvision/resnet34")
+    assert code == 0, output
+    assert [table["source"] for table in files.read_json(tmp_path / "results.json")["tables"]] == [
+        "torchvision/resnet34"
+    ]
+
+
+def test_an_option_is_of_the_methods_that_have_it(train, tmp_path):
+    code, output = train(
+        *("--method", "fine-tuning", "--method", "l2", "--method", "know-dist", "--dtnh", "--layers", "layer2"),
+        *("--scope", "tensor", "--head-decay", 0.5, "--parameters", "kernels", "--steps", 1),
+    )
+    assert code == 0, output
+    found = {run["run"]["method"]: run["run"] for run in files.read_json(tmp_path / "results.json")["runs"]}
+    assert {name: run["dtnh"] for name, run in found.items()} == {"fine-tuning": False, "l2": True, "know-dist": True}
+    for name, expected in (
+        ("scope", ("global", "tensor", "tensor")),
+        ("head_decay", (0.01, 0.01, 0.5)),
+        ("layers", (None, None, ["layer2"])),
+        ("parameters", (None, "kernels", None)),
+    ):
+        assert tuple(found[method][name] for method in ("fine-tuning", "l2", "know-dist")) == expected, name
+
+
+def test_a_folder_that_cannot_be_written_to(train, tmp_path):
+    (tmp_path / "file").touch()
+    code, output = train("--out", tmp_path / "file" / "out")
+    assert code == 1
+    assert output == (
+        f"error: out (--out): {tmp_path / 'file' / 'out'} must be a folder that can be written to (Not a directory) "
+    )
 
 
 def test_the_papers_five_columns_and_a_cross_validation(train, tmp_path, monkeypatch):
@@ -166,10 +247,11 @@ def test_options_reach_the_configuration(train, tmp_path):
             "method must be one of fine-tuning, l2, l2-sp, know-dist, delta, attention-transfer, got 'l3'",
         ),
         (["--model", "resnet19"], "model must be a name of timm or torchvision, got 'resnet19'"),
-        (["--source", "nowhere.pth"], "nowhere.pth"),
+        (["--method", "l3", "--dtnh"], "method must be one of fine-tuning"),
+        (["--source", "nowhere.pth"], "error: nowhere.pth: No such file or directory"),
         (["--method", "l2-sp", "--coefficient", "1", "--cross-validate"], "exclude one another"),
         (["--method", "paper", "--coefficient", "1"], "coefficient is of one regularizer, got 2: know-dist, l2-sp"),
-        (["--coefficient", "1"], "coefficient is of one regularizer, got 0: none"),
+        (["--coefficient", "1"], "coefficient means nothing for Fine-tuning, got 1.0"),
         (["--cross-validate"], "method fine-tuning has no coefficient"),
         (["--method", "l2-sp", "--grid", "1,2"], "grid is what cross-validate chooses from"),
         (
@@ -177,9 +259,17 @@ def test_options_reach_the_configuration(train, tmp_path):
             "grid must be numbers such as 0.01,0.1, got '1,x'",
         ),
         (["--method", "paper", "--dtnh"], "method paper is all five columns"),
-        (["--dtnh"], "dtnh means nothing for method 'fine-tuning'"),
-        (["--method", "l2-sp", "--layers", "layer1"], "layers means nothing for method 'l2-sp'"),
-        (["--method", "delta", "--parameters", "all"], "parameters means nothing for method 'delta'"),
+        (["--dtnh"], "dtnh means nothing for Fine-tuning, got True"),
+        (["--method", "l2", "--method", "l2-sp", "--layers", "layer1"], "layers means nothing for L2, L2-SP, got"),
+        (["--method", "delta", "--dtnh", "--parameters", "all"], "parameters means nothing for DTNH(DELTA), got 'all'"),
+        (["--scope", "tensor"], "scope means nothing for Fine-tuning, got 'tensor'"),
+        (["--method", "know-dist", "--scope", "group"], "scope means nothing for KnowDist, got 'group'"),
+        (["--method", "attention-transfer", "--anchored-only"], "anchored_only means nothing for AT, got True"),
+        (["--coefficient-decay", "0.3"], "coefficient_decay means nothing for Fine-tuning, got 0.3"),
+        (["--method", "l2", "--head-decay", "0.3"], "head_decay means nothing for L2, got 0.3"),
+        (["--method", "l2-sp", "--measure"], "measure means nothing for L2-SP, got True"),
+        (["--method", "know-dist", "--dtnh", "--measure"], "measure means nothing for DTNH(KnowDist), got True"),
+        (["--head", "nonsense"], "head: no parameter of Tiny starts with 'nonsense'; it has conv1, layer1"),
         (["--method", "know-dist", "--layers", "layer9"], "layer9"),
         (["--method", "l2-sp", "--head", "classifier"], "classifier"),
         (["--steps", "0"], "steps must be at least 1, got 0"),

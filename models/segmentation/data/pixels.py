@@ -1,4 +1,4 @@
-"""Pixels out of image files: pictures of any mode as RGB, masks as class numbers."""
+"""Masks out of image files, as class numbers."""
 
 from __future__ import annotations
 
@@ -13,41 +13,6 @@ _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _INDICES = ("P", "L", "1", *_SIXTEEN_BITS)
 
 
-def read_rgb(file: str | os.PathLike[str]) -> Image.Image:
-    """The picture of an image file, :func:`in_rgb`.
-
-    A note of the camera on how to turn it (EXIF) is not followed: masks are of the pixels as stored.
-
-    Raises:
-        Exception: of many kinds, as Pillow's decoders raise it, when the file is missing, truncated or no image.
-        ValueError: floats, or integers beyond 16 bits.
-    """
-    with Image.open(file) as image:
-        return in_rgb(image)
-
-
-def in_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, as a viewer on a white page shows it.
-
-    What is transparent is laid over white. 16-bit grey is scaled: 65535 is white. (Pillow's own conversion shows what
-    lies under transparent pixels, and all above 255 as white.)
-
-    Raises:
-        ValueError: floats, or integers beyond 16 bits.
-    """
-    if image.mode in _SIXTEEN_BITS:
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError(f"expected values in 0 … 65535, got {values.min()} … {values.max()}")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("expected whole numbers, got an image of floats")
-    if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
-
-
 def read_mask(file: str | os.PathLike[str], numbers: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """A mask, uint8 (h, w): 0 background, 1 … C the classes, ``IGNORED`` elsewhere.
 
@@ -59,7 +24,7 @@ def read_mask(file: str | os.PathLike[str], numbers: np.ndarray, size: tuple[int
 
     Raises:
         ValueError: a number that stands for nothing, another size, or an image of colours.
-        Exception: as for :func:`read_rgb`.
+        Exception: as for :func:`~moe_kernels.models.data.rgb.read_rgb`.
     """
     with Image.open(file) as image:
         if image.mode not in _INDICES:

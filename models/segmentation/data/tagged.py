@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from ...data.checking import reason, unreadable
 from ...data.images import refuse_or_leave_out, some
-from .pixels import IGNORED, classes_of, labels, ranges, read_mask, read_rgb, size_of
+from ...data.rgb import read_rgb
+from .pixels import IGNORED, classes_of, labels, ranges, read_mask, size_of
 
 _Picture = str | Path | np.ndarray
 

@@ -20,8 +20,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded, in the order of decoding."""
-    seen, decode = [], checking.decode
-    monkeypatch.setattr(checking, "decode", lambda file: (seen.append(file), decode(file))[1])
+    seen, decode = [], checking.read_rgb
+    monkeypatch.setattr(checking, "read_rgb", lambda file: (seen.append(file), decode(file))[1])
     return seen
 
 
@@ -46,14 +46,6 @@ def test_every_kind_of_bad_file_is_found_with_its_reason(tmp_path):
     assert "truncated" in found[bad[0]]
     assert found[bad[2]] == found[bad[3]] == "cannot identify image file"
     assert found[bad[4]] == "No such file or directory"
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_decode_gives_rgb(tmp_path, mode):
-    name = str(tmp_path / ("x.tiff" if mode in ("CMYK", "I;16") else "x.png"))
-    Image.new(mode, (5, 7)).save(name)
-    image = checking.decode(name)
-    assert (image.mode, image.size) == ("RGB", (5, 7))
 
 
 def test_only_new_and_changed_files_are_decoded_again(tmp_path, decoded):
@@ -107,6 +99,27 @@ def test_another_way_of_reading_has_a_memory_of_its_own(tmp_path, decoded):
     assert decoded == [file]
 
 
+def test_other_rules_for_what_is_sound_make_all_forgotten(tmp_path, decoded, monkeypatch):
+    file = write(tmp_path / "a.png")
+    checking.unreadable([file], tmp_path)
+    monkeypatch.setattr(checking, "_ACCEPTED", checking._ACCEPTED + 1)
+    checking.unreadable([file], tmp_path)
+    assert decoded == [file, file]
+
+
+def test_a_digest_is_of_the_bytes(tmp_path):
+    files = [write(tmp_path / f"{i}.png", seed=i % 70) for i in range(140)]
+    found = checking.digests(files, tmp_path)
+    assert set(found) == set(files)
+    assert len(set(found.values())) == 70
+    assert found[files[3]] == found[files[73]]
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes() + b"\0")
+    changed = checking.digests(files, tmp_path)
+    assert [file for file in files if changed[file] != found[file]] == [files[3]]
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        checking.digests([str(tmp_path / "gone.png")], tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_memory_costs_only_a_check(tmp_path, cache, decoded, content):
     file = write(tmp_path / "a.png")
@@ -123,17 +136,15 @@ def test_a_home_that_cannot_be_written_to_does_not_matter(tmp_path, monkeypatch)
     assert checking.unreadable([write(tmp_path / "a.png")], tmp_path) == {}
 
 
-def test_an_interrupt_does_not_wait_for_all_files(monkeypatch):
+def test_an_interrupt_does_not_wait_for_all_files():
     """Ctrl-C arrives in the main thread while workers decode; the files not yet begun are dropped."""
     begun = []
 
-    def slow(files, read):
+    def slow(files):
         begun.append(threading.current_thread().name)
         time.sleep(0.01)
-        return len(files), {}
 
-    monkeypatch.setattr(checking, "_decode_all", slow)
-    checks = checking._in_threads([str(i) for i in range(64 * 1000)], checking.decode)
+    checks = checking._in_threads([str(i) for i in range(64 * 1000)], slow, "checking")
     next(checks)
     with pytest.raises(KeyboardInterrupt):
         checks.throw(KeyboardInterrupt)

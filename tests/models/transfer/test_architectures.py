@@ -106,6 +106,11 @@ def test_a_head_of_two_parts():
     assert find_head(model) == ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
+def test_a_head_that_is_a_convolution():
+    model = torchvision.models.squeezenet1_1(num_classes=5)
+    assert find_head(model) == ("classifier.1.weight", "classifier.1.bias")
+
+
 def test_shallow_models_have_fewer_stages():
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
     model = timm_vit.VisionTransformer(**options, depth=3)
@@ -164,6 +169,10 @@ def test_what_is_not_found_is_told():
         find_stages(torchvision.models.densenet121())
     with pytest.raises(ValueError, match="layers: none are known for SqueezeNet"):
         find_stages(torchvision.models.squeezenet1_0())
+    with torch.device("meta"):
+        one_layer = timm.create_model("hrnet_w18_small")
+    with pytest.raises(ValueError, match=r"layers: none are known for HighResolutionNet.*stage4"):
+        find_stages(one_layer)
     odd = torchvision.models.resnet18()
     odd.layer3 = nn.Sequential(nn.Conv2d(128, 256, 1))
     with pytest.raises(ValueError, match="layers: none are known for ResNet"):

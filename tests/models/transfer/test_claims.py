@@ -42,14 +42,14 @@ def test_not_below_base():
         "text", [table(**HURT, dtnh=(0.70, 0.71)), table("cats", **HURT, dtnh=(0.74, 0.75))], ["l2-sp"]
     )
     assert above.holds is True
-    assert above.numbers == "not below in 2 of 2 cells; on average +2.00 points, +0.0 to +4.0"
+    assert above.numbers == "not below in 2 of 2 cells; on average +2.00 points, +0.00 to +4.00"
 
     below = claims.not_below_base(
         "text", [table(**HURT, dtnh=(0.70, 0.70)), table("cats", **HURT, dtnh=(0.74, 0.75))], ["l2-sp"]
     )
     assert below.holds is False
     assert "not below in 1 of 2 cells" in below.numbers
-    assert "Below: DTNH(L2-SP), dogs → indoors: -0.5" in below.numbers
+    assert "Below: DTNH(L2-SP), dogs → indoors: -0.50" in below.numbers
 
 
 def runs(dtnh: bool, *seeds: tuple[float | None, ...], source: str = "dogs", method: str = "l2-sp"):

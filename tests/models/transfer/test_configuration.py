@@ -1,9 +1,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from moe_kernels.models.runs import identity
 from moe_kernels.models.transfer.configuration import COEFFICIENTS, METHODS, FineTuneConfig
+from moe_kernels.models.transfer.regularizers import L2SP, Regularizer
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -83,3 +86,51 @@ def test_what_would_do_nothing_is_refused(method, changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name} means nothing for method '{method}'"):
         FineTuneConfig(method, **changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("coefficient", value) for value in ("0.1", True, [0.1])),
+        *(("steps", value) for value in (2.5, "3", None, True)),
+        *(("seed", value) for value in (0.0, "0")),
+        *(("learning_rate", value) for value in (None, "1e-3")),
+        ("drop_at", "half"),
+    ],
+)
+def test_what_is_no_number_is_named(field, value):
+    with pytest.raises(TypeError, match=rf"{field} must be a (whole )?number, got ") as error:
+        replace(FineTuneConfig("l2-sp"), **{field: value})
+    assert repr(value) in str(error.value)
+
+
+def test_any_real_number_will_do():
+    numbers = {"coefficient": np.float32(0.5), "steps": np.int64(3), "drop_at": np.float64(0.5), "momentum": 0}
+    config = FineTuneConfig("l2-sp", **numbers)
+    assert (config.coefficient, config.steps, config.drop_at, config.momentum) == (0.5, 3, 0.5, 0)
+    assert identity(config.identity())["coefficient"] == 0.5
+
+
+def test_a_regularizer_object_has_its_own_options():
+    own = L2SP(0.25, parameters="all", head="fc")
+    config = FineTuneConfig(method=own, dtnh=True)
+    assert config.regularizer() is own
+    assert (config.name, config.initial_coefficient) == ("l2-sp", 0.25)
+    assert replace(config, coefficient=0.5).initial_coefficient == 0.5
+    known = identity(config.identity())
+    assert (known["method"], known["coefficient"]) == ("l2-sp", 0.25)
+    assert known["regularizer"]["parameters"] == "all"
+    assert "regularizer" not in FineTuneConfig("l2-sp").identity()
+    for name, value in {"parameters": "all", "layers": ("a",), "head": ("fc",)}.items():
+        with pytest.raises(ValueError, match=f"{name} means nothing for method 'l2-sp'"):
+            replace(config, **{name: value})
+
+
+def test_a_regularizer_without_a_name_is_refused():
+    class Nameless(Regularizer):
+        pass
+
+    with pytest.raises(TypeError, match="method: Nameless must have a name"):
+        FineTuneConfig(Nameless(0.1))
+    with pytest.raises(ValueError, match="method must be one of fine-tuning"):
+        FineTuneConfig(L2SP)

@@ -1,4 +1,8 @@
+import json
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +107,110 @@ def test_every_image_is_looked_at_before_training(tmp_path):
     with pytest.warns(UserWarning, match=re.escape("1 of 15 images")):
         data = load(root, train_per_class=2, skip_bad=True, crop=8, resize=8)
     assert len(data.train) + len(data.test) == 14
+
+
+def test_images_of_any_mode(tmp_path):
+    root = write(tmp_path / "pets", count=1)
+    deep = Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))
+    clear = Image.new("RGBA", (8, 8), (200, 200, 200, 0))  # torchvision's ImageFolder shows what lies under it
+    deep.save(root / "cat" / "1.png")
+    clear.save(root / "dog" / "1.png")
+    image(30).save(root / "owl" / "1.png")
+    data = load(root, train_per_class=1, crop=8, resize=8)
+    assert sorted(shades(data.train) + shades(data.test)) == [0, 10, 20, 30, 100, 200]
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "owl" / "2.tiff")
+    with pytest.raises(ValueError, match=r"(?s)1 of 7 images .*2\.tiff: expected 8 or 16 bits a channel, got floats"):
+        load(root, train_per_class=1)
+
+
+def test_every_class_has_images_in_both_parts(tmp_path):
+    root = tmp_path / "pets"
+    write(root / "train", count=2)
+    write(root / "test", count=2)
+    for image in (root / "train" / "dog").iterdir():
+        image.write_bytes(b"no image")
+    lacking = r"train must have images that can be read of every class; it has none of dog$"
+    with pytest.warns(UserWarning, match="2 of 12 images"), pytest.raises(ValueError, match=lacking):
+        load(root, skip_bad=True)
+    for part, name in (("train", "dog"), ("test", "owl")):
+        for image in (root / part / name).iterdir():
+            image.unlink()
+        with pytest.raises(ValueError, match=f"{part} must have images .* none of {name}$"):
+            load(root)
+        image = write(tmp_path / part) / name / "0.png"
+        shutil.copy(image, root / part / name)
+    assert len(load(root).test) == 5
+
+
+def test_what_identifies_a_task_of_files(tmp_path):
+    sizes = {"resize": 10, "crop": 8}
+    root = write(tmp_path / "pets", count=6)
+
+    def identity(root=root, **options):
+        return load(root, **{"train_per_class": 3, **sizes, **options}).identity
+
+    own = identity()
+    assert json.loads(json.dumps(own)) == own
+    assert {key: own[key] for key in ("name", "classes", "train", "test", "resize", "crop")} == {
+        "name": "pets-3",
+        "classes": list(CLASSES),
+        "train": 9,
+        "test": 9,
+        **sizes,
+    }
+    assert own["split"] == {"seed": 0, "train_per_class": 3, "test_per_class": None}
+    others = [
+        identity(crop=9),
+        identity(resize=11),
+        identity(seed=1),
+        identity(train_per_class=4),
+        identity(test_per_class=3),
+        identity(mean=(0.5, 0.5, 0.5)),
+        load(root, train_per_class=3, **sizes).fold(0, 2).identity,
+        load(root, train_per_class=3, **sizes).fold(1, 2).identity,
+        load(root, train_per_class=3, **sizes).fold(1, 2, seed=1).identity,
+    ]
+    assert identity(seed=1)["content"] != own["content"]
+    # the same tree in another place, and seen by another process
+    moved = shutil.copytree(root, tmp_path / "elsewhere" / "pets")
+    program = "import json, sys; from moe_kernels.models.transfer.data import load; "
+    program += f"print(json.dumps(load(sys.argv[1], train_per_class=3, **{sizes}).identity))"
+    there = subprocess.run([sys.executable, "-c", program, moved], capture_output=True, text=True, check=True).stdout
+    assert json.loads(there) == own
+    # one other picture, of the same name; two names exchanged
+    image(200).save(moved / "dog" / "2.png")
+    others.append(identity(moved))
+    shutil.copy(root / "dog" / "2.png", moved / "dog" / "2.png")
+    assert identity(moved) == own
+    (moved / "owl" / "0.png").rename(moved / "owl" / "x.png")
+    (moved / "owl" / "1.png").rename(moved / "owl" / "0.png")
+    (moved / "owl" / "x.png").rename(moved / "owl" / "1.png")
+    others.append(identity(moved))
+    told = [json.dumps(other) for other in (own, *others)]
+    assert len(set(told)) == len(told)
+
+
+def test_what_identifies_a_task_of_tensors():
+    images, labels = torch.arange(4 * 3 * 6 * 6.0).reshape(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+
+    def identity(train=images, labels=labels, test=images, **options):
+        return from_tensors("t", ("a", "b"), (train, labels), (test, labels), **options).identity
+
+    assert identity() == identity(train=images.clone())
+    assert (identity()["shape"], identity(crop=4)["crop"]) == ([3, 6, 6], 4)
+    changed = images.clone()
+    changed[3, 2, 1, 0] += 1
+    others = [
+        identity(train=changed),
+        identity(test=changed),
+        identity(labels=labels.flip(0)),
+        identity(crop=4),
+        identity(mirror=True),
+        identity(std=(1.0, 1.0, 1.0)),
+        identity(train=images.view(4, 3, 4, 9)),
+    ]
+    told = [json.dumps(other) for other in (identity(), *others)]
+    assert len(set(told)) == len(told)
 
 
 def test_tensors_are_cropped_and_mirrored_by_chance_in_training_only():

@@ -74,7 +74,7 @@ def test_everything_is_written_and_a_second_call_repeats_nothing(tmp_path, monke
 
     other = replace(SMALL, training=replace(SMALL.training, learning_rate=0.5))
     with pytest.raises(
-        ValueError, match=r"(?s)result\.json is of another configuration.*learning_rate: 0.02 there, 0.5"
+        ValueError, match=r"(?s)those of Fine-tuning, random weights → sketch, are not:.*learning_rate: 0.02 there, 0.5"
     ):
         demo.run(tmp_path, other, say=lines.append, progress=False)
 

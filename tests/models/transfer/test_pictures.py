@@ -93,3 +93,17 @@ def test_the_report_has_tables_coefficients_and_the_curves_of_every_pair(tmp_pat
     ]
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 4
     assert files.read_json(tmp_path / "results.json")["tables"][0]["source"] == "s"
+    assert "λ is 0.1 of L2-SP and 0.1 of DTNH(L2-SP)." in text
+    assert "other coefficient" not in text
+
+
+def test_the_report_says_what_coefficients_it_compares_and_what_diverged(tmp_path):
+    results = [result(dtnh, seed) for dtnh in (False, True) for seed in (0, 1)]
+    for one in results[2:]:
+        one["run"]["coefficient"] = 0.5
+    results.insert(0, {**result(False, 2), "final": None, "history": []})
+    report.write(tmp_path, "Title", results)
+    text = (tmp_path / "report.md").read_text()
+    note = "λ is 0.1 of L2-SP and 0.5 of DTNH(L2-SP): what is seen is the effect of both, the projection and the other"
+    assert text.count(note) == 3
+    assert "| 40.00 ± 0.00, 1 of 3 diverged | **40.00 ± 0.00** |" in text

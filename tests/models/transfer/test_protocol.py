@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from toy_transfer import pretrained, toy_target
 
@@ -15,6 +17,7 @@ from moe_kernels.models.transfer.protocol import (
     label,
     repeats,
 )
+from moe_kernels.models.transfer.regularizers import AttentionTransfer
 from moe_kernels.models.transfer.trainer import Diverged
 
 CONFIG = FineTuneConfig("l2-sp", steps=3, batch=6, eval_every=2)
@@ -63,8 +66,88 @@ def test_runs_are_done_once_and_found_again(pair, tmp_path):
     assert table.values("toy", "L2-SP") == [one["final"]["test_accuracy"] for one in done]
 
 
+def test_unlike_runs_are_refused_before_they_are_trained(pair, tmp_path):
+    other = replace(pair, data=toy_target(15))
+    for run in repeats(pair, CONFIG, tmp_path, 1):
+        protocol.perform(run)
+    # the columns of a row
+    plain = FineTuneConfig(steps=5, batch=6, eval_every=2)
+    with pytest.raises(ValueError, match=r"L2-SP and Fine-tuning, noise → toy, are not:\n  steps: 3 there, 5 here\n"):
+        repeats(pair, plain, tmp_path, 1)
+    assert len(repeats(pair, replace(plain, steps=3), tmp_path, 1)) == 1
+    with pytest.raises(ValueError, match=r"(?s)model: 'toy' there, 'boy' here"):
+        repeats(replace(pair, description={"model": "boy"}), replace(plain, steps=3), tmp_path, 1)
+    # the seeds of a cell: another split, another coefficient
+    seed1 = replace(CONFIG, seed=1)
+    for asked in (lambda: repeats(other, seed1, tmp_path, 1), lambda: folds(other, seed1, tmp_path, [0.5], 3)):
+        with pytest.raises(ValueError, match=r"(?s)of L2-SP, noise → toy, are not:.*target\.train: 12 there, 15 here"):
+            asked()
+    with pytest.raises(ValueError, match=r"are not:\n  coefficient: 0.05 there, 0.5 here\n"):
+        repeats(pair, replace(seed1, coefficient=0.5), tmp_path, 1)
+    # what does not matter: how often one looks, the coefficient of another column, another target
+    assert repeats(pair, replace(seed1, eval_every=1, measure=True), tmp_path, 1)
+    assert repeats(pair, replace(seed1, dtnh=True, coefficient=0.5, head_decay=0.0), tmp_path, 1)
+    assert folds(pair, CONFIG, tmp_path, [0.5], 3)
+    assert repeats(replace(pair, data=toy_target(15, "more")), plain, tmp_path, 1)
+
+
+def test_unlike_results_are_in_no_table():
+    results = [result(), result(("l2-sp", False))]
+    results[0]["run"]["steps"], results[1]["run"]["steps"] = 2, 5
+    with pytest.raises(ValueError, match="must be alike, those of Fine-tuning and L2-SP, s → t, are not"):
+        collect(results)
+    with pytest.raises(ValueError, match=r"coefficient: 0\.1 there, 0\.2 here"):
+        collect([result(("l2-sp", False)), result(("l2-sp", False), seed=1, coefficient=0.2)])
+
+
+def test_a_file_that_is_no_result_is_named(pair, tmp_path):
+    path = tmp_path / "runs" / "noise" / "toy" / "L2-SP" / "seed0" / "result.json"
+    for content in ({}, [], {"run": {}}, {"run": {}, "history": [], "final": None}):
+        files.write_json(path, content)
+        with pytest.raises(ValueError, match=r"seed0/result\.json holds no result of a run"):
+            protocol.finished(tmp_path)
+
+
+def test_a_diverged_run_is_marked_and_the_others_stay(pair, tmp_path):
+    """Of two seeds one, then both: no mean, not the best, and nothing to average."""
+    good, bad = result(("l2-sp", False), 0.75), result(("l2-sp", False), seed=1)
+    bad["final"] = None
+    (found,) = collect([result(accuracy=0.5), result(accuracy=0.5, seed=1), good, bad])
+    assert (found.values("t", "L2-SP"), found.diverged("t", "L2-SP")) == ([0.75], 1)
+    assert tables.rows(found)[1] == ["t", "**50.00 ± 0.00**", "75.00, 1 of 2 diverged"]
+    assert tables.to_json(found)["accuracy"]["t"]["L2-SP"]["diverged"] == 1
+    (lost,) = collect([bad])
+    assert tables.rows(lost)[1] == ["t", "diverged"]
+    assert tables.to_json(lost)["accuracy"]["t"]["L2-SP"]["mean"] is None
+
+    run, _ = repeats(pair, replace(CONFIG, learning_rate=1e30), tmp_path, 2)
+    with pytest.raises(Diverged):
+        protocol.perform(run)
+    (kept,) = protocol.finished(tmp_path)
+    assert kept["final"] is None
+
+
+def test_a_regularizer_object_has_a_column_of_its_own_name(pair, tmp_path):
+    class Own(AttentionTransfer):
+        name = "own"
+
+    config = replace(CONFIG, method=Own(0.5))
+    (run,) = repeats(pair, config, tmp_path, 1)
+    assert run.folder == tmp_path / "runs" / "noise" / "toy" / "own" / "seed0"
+    tried = [fold.config.initial_coefficient for fold in folds(pair, config, tmp_path, count=2)]
+    assert tried[::2] == [0.005, 0.05, 0.5, 5.0]
+    (table,) = collect([result(("own", True)), result(("own", False)), result(("l2", False))])
+    assert table.columns == ("L2", "own", "DTNH(own)")
+
+
+def test_coefficients_that_are_nearly_equal_have_their_own_folders(pair, tmp_path):
+    runs = folds(pair, CONFIG, tmp_path, [0.1234567, 0.12345671, 100, 2e-4], 2)
+    names = [run.folder.parent.name for run in runs[::2]]
+    assert names == ["0.1234567", "0.12345671", "100", "0.0002"]
+
+
 def test_the_grid_is_around_the_methods_own_coefficient():
-    assert grid("l2-sp") == (0.0005, 0.005, 0.05, 0.5)
+    assert grid(0.05) == (0.0005, 0.005, 0.05, 0.5)
 
 
 def test_folds_train_on_the_rest_and_never_see_the_test_images(pair, tmp_path):
@@ -153,6 +236,7 @@ def test_the_table_for_machines():
     assert found["source"] == "s"
     assert found["accuracy"]["t"]["L2-SP"] == {
         "repeats": [0.5, 0.5],
+        "diverged": 0,
         "mean": 0.5,
         "standard_deviation": 0.0,
         "negative_transfer": True,

@@ -165,3 +165,14 @@ def test_another_size_shows_the_same():
     assert torch.equal(own.plain.labels, large.plain.labels)
     shrunk = torch.nn.functional.interpolate(twice[None], scale_factor=0.5, mode="area")[0]
     assert torch.corrcoef(torch.stack((image.flatten(), shrunk.flatten())))[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", sources.TARGETS)
+def test_images_are_normalized_as_is_asked(name):
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    own, other = sources.target(name, 1, 1), sources.target(name, 1, 1, mean=mean, std=std)
+    assert (other.mean, other.std, own.mean, own.std) == (mean, std, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert own.identity != other.identity
+    for ours, theirs in ((own.plain.images, other.plain.images), (own.test.images, other.test.images)):
+        pixels = theirs * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        torch.testing.assert_close(pixels, ours / 2 + 0.5)

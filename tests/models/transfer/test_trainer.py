@@ -12,9 +12,9 @@ from toy_transfer import CLASSES, ToyNet, batch_norm_net, pretrained, toy_target
 from moe_kernels.models import distributed, files
 from moe_kernels.models.evaluation import accuracy_and_loss
 from moe_kernels.models.runs import CHECKPOINT, RESULT
-from moe_kernels.models.transfer import trainer
+from moe_kernels.models.transfer import from_tensors, trainer
 from moe_kernels.models.transfer.configuration import METHODS, FineTuneConfig
-from moe_kernels.models.transfer.regularizers import KnowledgeDistillation
+from moe_kernels.models.transfer.regularizers import L2SP, FeatureRegularizer, KnowledgeDistillation, Regularizer
 from moe_kernels.models.transfer.trainer import FINAL, Diverged, StepBatches, finetune
 
 CONFIG = FineTuneConfig(steps=10, batch=8, eval_every=4, head_epochs=1, estimate_batches=1)
@@ -227,6 +227,34 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path):
         finetune(build, toy_target(), config("l2-sp", True), tmp_path)
 
 
+def other_crop():
+    """The target of the same name, classes and counts, cut out differently."""
+    data = toy_target()
+    parts = [(part.images, part.labels) for part in (data.train, data.test)]
+    return from_tensors(data.name, data.classes, *parts, crop=9)
+
+
+@pytest.mark.parametrize("last", [3, None])
+def test_a_folder_of_another_target_of_that_name_is_refused(tmp_path, last):
+    """Finished or begun: its result is none of the other's."""
+    data, other = toy_target(), other_crop()
+    assert (data.name, data.classes, len(data.train)) == (other.name, other.classes, len(other.train))
+    if last is None:
+        finetune(pretrained, data, CONFIG, tmp_path)
+    else:
+        with pytest.raises(Interrupted):
+            finetune(pretrained, data, CONFIG, tmp_path, checkpoint_share=1e9, on_step=interrupt_after(last))
+    with pytest.raises(ValueError, match=r"(?s)is of another configuration:.*target\.crop: 8 there, 9 here"):
+        finetune(pretrained, other, CONFIG, tmp_path)
+    with torch.no_grad():
+        brighter = toy_target()
+        images, labels = brighter.train.images.clone(), brighter.train.labels
+        images[0, 0, 0, 0] += 1
+    changed = from_tensors("toy", CLASSES, (images, labels), (data.test.images, data.test.labels), crop=8)
+    with pytest.raises(ValueError, match=r"configuration:\n  target\.content: '\w+' there, '\w+' here\n"):
+        finetune(pretrained, changed, CONFIG, tmp_path)
+
+
 def test_loader_workers_change_nothing(tmp_path):
     one = finetune(pretrained, toy_target(), CONFIG, tmp_path / "a", workers=0)
     assert finetune(pretrained, toy_target(), CONFIG, tmp_path / "b", workers=2) == one
@@ -283,6 +311,8 @@ def test_two_ranks_train_as_one_does(tmp_path):
         two = [files.read_json(tmp_path / f"{name} rank{rank}.json") for rank in range(2)]
         assert two[0] == two[1] == files.read_json(tmp_path / name / RESULT)
         assert math.isfinite(two[0]["final"]["empirical_loss"])
+        with pytest.raises(ValueError, match="ranks: 2 there, 1 here"):
+            finetune(pretrained, toy_target(), asked, tmp_path / name)
         if name == "batch norm":
             # normalizes each rank's images by themselves; what was tested is what was saved
             model = batch_norm_net()
@@ -336,9 +366,182 @@ def test_delta_weighs_its_channels_with_a_trained_head_and_starts_from_the_new_o
     training.close()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(Diverged, match="the loss is not finite by step 4"):
-        finetune(pretrained, toy_target(), replace(CONFIG, learning_rate=1e30), tmp_path)
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        (replace(CONFIG, learning_rate=1e30), r"a learning rate below 1e\+30 may help"),
+        (
+            config("know-dist", learning_rate=1e30),
+            r"a learning rate below 1e\+30 or a coefficient below 0.1, such as cross-validation finds, may help",
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, asked, advice):
+    with pytest.raises(Diverged, match=f"the loss is not finite by step 4 .*; {advice}") as first:
+        finetune(pretrained, toy_target(), asked, tmp_path, checkpoint_share=1e9)
+    found = files.read_json(tmp_path / RESULT)
+    assert (found["final"], found["history"], found["diverged"]) == (None, [], str(first.value))
+    assert not (tmp_path / CHECKPOINT).exists()
+
+    def build() -> nn.Module:
+        raise AssertionError("built again")
+
+    with pytest.raises(Diverged) as second:
+        finetune(build, toy_target(), asked, tmp_path)
+    assert str(second.value) == str(first.value)
+
+
+@pytest.mark.parametrize("dtnh", [False, True])
+def test_a_regularizer_object_is_a_method(tmp_path, dtnh):
+    named = finetune(batch_norm_net, toy_target(), config("l2-sp", dtnh), tmp_path / "named")
+    asked = replace(CONFIG, method=L2SP(FELT["l2-sp"]), dtnh=dtnh)
+    given = finetune(batch_norm_net, toy_target(), asked, tmp_path / "given")
+    assert given["history"] == named["history"]
+    assert (given["run"]["method"], given["run"]["coefficient"]) == ("l2-sp", FELT["l2-sp"])
+    assert given["run"]["regularizer"] == {
+        "class": "moe_kernels.models.transfer.weight_space.L2SP",
+        **asked.method.identity(),
+    }
+    assert finetune(batch_norm_net, toy_target(), asked, tmp_path / "given") == given
+    other = replace(asked, method=L2SP(FELT["l2-sp"], parameters="all"))
+    with pytest.raises(ValueError, match=r"regularizer\.parameters: 'kernels' there, 'all' here"):
+        finetune(batch_norm_net, toy_target(), other, tmp_path / "given")
+
+
+class Norms(FeatureRegularizer):
+    """One of a user's own, on features."""
+
+    name = "norms"
+
+    def distance(self, name, student, teacher, channels):
+        return (student.flatten(1).norm(dim=1) - teacher.flatten(1).norm(dim=1)).square().mean()
+
+
+class Pull(Regularizer):
+    """One of a user's own that gives Ω itself, of the weights of one layer."""
+
+    name = "pull"
+    uses_features = True
+
+    def prepare(self, model, source):
+        self.weight, self.start = model.conv1.weight, source.conv1.weight.detach().clone()
+
+    def penalty(self):
+        return (self.weight - self.start).square().sum()
+
+
+@pytest.mark.parametrize("kind", [Norms, Pull])
+def test_a_regularizer_of_ones_own_trains_with_and_without_dtnh(tmp_path, kind):
+    # an interrupted run with an object goes on as any
+    for dtnh in (False, True):
+        asked = replace(CONFIG, method=kind(0.5), dtnh=dtnh)
+        with pytest.raises(Interrupted):
+            finetune(
+                pretrained, toy_target(), asked, tmp_path / f"{dtnh}", checkpoint_share=1e9, on_step=interrupt_after(3)
+            )
+        found = finetune(pretrained, toy_target(), asked, tmp_path / f"{dtnh}")
+        assert found == finetune(pretrained, toy_target(), asked, tmp_path / f"{dtnh} whole")
+        assert (found["run"]["method"], found["run"]["coefficient"]) == (kind.name, 0.5)
+        assert found["final"]["regularizer"] > 0
+        assert (found["final"]["angle_to_loss"] is not None) == dtnh
+        without = finetune(pretrained, toy_target(), replace(asked, coefficient=0.0), tmp_path / f"{dtnh} without")
+        assert without["final"]["regularizer"] > found["final"]["regularizer"]
+
+
+class Output(dict):
+    """What transformers' models give."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self["logits"]
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "delta"])
+def test_logits_may_be_in_an_output_or_first_of_a_tuple(tmp_path, method):
+    wrappers = {"tensor": lambda logits: logits, "tuple": lambda logits: (logits, None)}
+    wrappers["output"] = lambda logits: Output(logits=logits)
+    histories = []
+    for name, wrap in wrappers.items():
+
+        def build(wrap=wrap) -> nn.Module:
+            net = pretrained()
+            net.__class__ = type("Wrapped", (ToyNet,), {"forward": lambda self, x: wrap(ToyNet.forward(self, x))})
+            return net
+
+        histories.append(finetune(build, toy_target(), config(method), tmp_path / name)["history"])
+    assert histories[0] == histories[1] == histories[2]
+
+
+def with_head(outputs: int) -> nn.Module:
+    net = pretrained()
+    net.fc = nn.Linear(24, outputs)
+    return net
+
+
+def frozen(*trained: str) -> nn.Module:
+    net = pretrained().requires_grad_(False)
+    for name in trained:
+        net.get_submodule(name).requires_grad_(True)
+    return net
+
+
+def broken() -> nn.Module:
+    net = pretrained()
+    with torch.no_grad():
+        net.layer1[0].conv1.weight[0, 0, 0, 0] = math.nan
+    return net
+
+
+def broken_statistics() -> nn.Module:
+    net = batch_norm_net()
+    net.layer1[0].norm.running_mean[0] = math.nan
+    return net
+
+
+class Scores(ToyNet):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": super().forward(images)}
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "error", "message"),
+    [
+        (lambda: with_head(5), {}, ValueError, r"build: expected a model that gives logits \(8, 3\), got \(8, 5\)"),
+        (lambda: with_head(2), {}, ValueError, r"build: expected a model that gives logits \(8, 3\), got \(8, 2\)"),
+        (lambda: with_head(5), {"method": "delta"}, ValueError, r"gives logits \(8, 3\), got \(8, 5\)"),
+        (Scores, {}, TypeError, r"must give logits, \(B, classes\), or an output with .logits, got dict"),
+        (frozen, {}, ValueError, "build: expected a model to train, all parameters of ToyNet are frozen"),
+        (broken, {}, ValueError, r"build: the model's weights are not finite in layer1\.0\.conv1\.weight"),
+        (broken_statistics, {}, ValueError, r"weights are not finite in layer1\.0\.norm\.running_mean"),
+        (pretrained, {"method": "delta", "head": ()}, ValueError, "head: delta weighs its channels with a new head"),
+        (
+            lambda: frozen("fc"),
+            {"method": "know-dist", "dtnh": True},
+            ValueError,
+            "model: ToyNet has no trainable parameters outside the head",
+        ),
+        (
+            lambda: frozen("fc", "layer2"),
+            {"method": "know-dist", "dtnh": True, "layers": ("layer1",)},
+            ValueError,
+            "method 'know-dist': no parameter that is trained changes its penalty",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(tmp_path, build, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(build, toy_target(), replace(CONFIG, **changes), tmp_path)
+    assert not (tmp_path / RESULT).exists()
+
+
+def test_a_batch_that_the_model_refuses_is_told(tmp_path):
+    def build() -> nn.Module:
+        net = pretrained()
+        net.dropout = nn.BatchNorm1d(24)
+        return net
+
+    with pytest.raises(ValueError, match=r"the model refuses a batch of shape \(1, 3, 8, 8\): Expected more than 1"):
+        finetune(build, toy_target(), replace(CONFIG, batch=1), tmp_path)
 
 
 def test_the_caller_keeps_its_random_numbers(tmp_path):
