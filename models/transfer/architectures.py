@@ -82,38 +82,25 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     return parameters
 
 
-def head_parameters(model: nn.Module, head: Head = None, source: nn.Module | None = None) -> tuple[str, ...]:
+def head_parameters(model: nn.Module, head: Head = None) -> tuple[str, ...]:
     """Names of the parameters that are new, in the model's order.
 
     Args:
         model: the model to be fine-tuned.
-        head: names of modules or parameters; ``()`` for none. By default :func:`find_head` and, where there is a
-            ``source``, whatever that has not under the same name in the same shape.
-        source: the model that holds the source's weights.
+        head: names of modules or parameters; ``()`` for none. By default :func:`find_head`.
 
     Raises:
         ValueError: a name that fits no parameter, or no head is found.
     """
     model = unwrap(model)
-    if head is not None:
-        given = (head,) if isinstance(head, str) else tuple(head)
-        found = {name: _prefixed(model, name) for name in given}
-        for name, parameters in found.items():
-            if not parameters:
-                raise ValueError(
-                    f"head: no parameter of {type(model).__name__} starts with {name!r}{_near(name, model)}"
-                )
-        new = {name for parameters in found.values() for name in parameters}
-    else:
-        new = set()
-        if source is not None:
-            shapes = {name: parameter.shape for name, parameter in unwrap(source).named_parameters()}
-            new = {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
-        try:
-            new.update(find_head(model))
-        except ValueError:
-            if not new:
-                raise
+    if head is None:
+        return find_head(model)
+    given = (head,) if isinstance(head, str) else tuple(head)
+    found = {name: _prefixed(model, name) for name in given}
+    for name, parameters in found.items():
+        if not parameters:
+            raise ValueError(f"head: no parameter of {type(model).__name__} starts with {name!r}{_near(name, model)}")
+    new = {name for parameters in found.values() for name in parameters}
     return tuple(name for name, _ in model.named_parameters() if name in new)
 
 

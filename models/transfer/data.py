@@ -151,6 +151,8 @@ class Tensors(ImageDataset):
             raise ValueError(f"images must be floats (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one an image, got {tuple(labels.shape)}")
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
         if crop is not None and not 1 <= crop <= min(images.shape[-2:]):
             raise ValueError(f"crop must be in 1 … {min(images.shape[-2:])}, the size of the images, got {crop}")
         self.images, self.labels, self.chance, self.mirror = images, labels.long(), chance, mirror

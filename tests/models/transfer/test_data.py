@@ -241,9 +241,15 @@ def test_tensors_are_cropped_and_mirrored_by_chance_in_training_only():
         ),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), {}, "images must be floats"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(3), {}, r"labels must be \(2,\), one an image, got \(3,\)"),
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2), {"crop": 5}, "crop must be in 1 … 4, the size of the images, got 5"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2), {}, r"labels must be integers, got torch.float32"),
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.zeros(2).long(),
+            {"crop": 5},
+            "crop must be in 1 … 4, the size of the images, got 5",
+        ),
         (torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]), {}, "labels of train must be in 0 … 1, got 0 … 2"),
-        (torch.zeros(0, 3, 4, 4), torch.zeros(0), {}, "train must have at least one image, got none"),
+        (torch.zeros(0, 3, 4, 4), torch.zeros(0).long(), {}, "train must have at least one image, got none"),
     ],
 )
 def test_bad_tensors_are_refused(images, labels, options, message):
@@ -254,7 +260,7 @@ def test_bad_tensors_are_refused(images, labels, options, message):
 def test_one_class_is_no_task():
     images = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="classes must be at least two, got 1: a"):
-        from_tensors("t", ("a",), (images, torch.zeros(2)), (images, torch.zeros(2)))
+        from_tensors("t", ("a",), (images, torch.zeros(2).long()), (images, torch.zeros(2).long()))
 
 
 def test_folds_deal_every_class_out_evenly_and_test_each_image_once():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import on_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -207,18 +207,18 @@ def test_a_compiled_model():
     torch.testing.assert_close(features.take().outputs["0"], expected)
 
 
+def distributed(rank, folder):
+    model, x = Net(), torch.randn(2, 4)
+    del model.spare
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for bound in (model, wrapped):
+        with Features(bound, ["stem"]) as features:
+            wrapped(x)
+            assert torch.equal(features.take().outputs["stem"], model.stem(x))
+
+
 def test_a_distributed_model(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, x = Net(), torch.randn(2, 4)
-        del model.spare
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for bound in (model, wrapped):
-            with Features(bound, ["stem"]) as features:
-                wrapped(x)
-                assert torch.equal(features.take().outputs["stem"], model.stem(x))
-    finally:
-        dist.destroy_process_group()
+    on_ranks(1, tmp_path, (distributed, ()))
 
 
 def test_unknown_layers_are_named():

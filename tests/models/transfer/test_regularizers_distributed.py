@@ -1,8 +1,7 @@
 """Two gloo ranks with a share of the batches each weigh DELTA's channels as one rank with all of them."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 
 from moe_kernels.models.transfer.regularizers import DELTA
@@ -21,14 +20,11 @@ def estimate(rank, world):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     torch.save(estimate(rank, WORLD), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_ranks_agree_on_the_weights(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
+    on_ranks(WORLD, tmp_path, (worker, ()))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for name, expected in estimate(0, 1).items():
         assert torch.equal(ranks[0][name], ranks[1][name])
