@@ -17,7 +17,7 @@ METHODS = (PLAIN, *REGULARIZERS)
 # What the methods' authors used, in the convention J + λΩ with Ω as the paper has it, without ½: L2's weight decay of
 # 1e-4, L2-SP's α = 0.1, DELTA's α = 0.01 with its sum over a batch of 48, attention transfer's β = 1000 with its mean
 # over a thousand positions. KnowDist has no published one; its Ω is a sum over positions, and 2e-3 makes a ResNet-18
-# diverge at 224 × 224 with the learning rate of 0.01.
+# of random weights diverge at 224 × 224 with the learning rate of 0.01.
 COEFFICIENTS = {PLAIN: 0.0, "l2": 5e-5, "l2-sp": 0.05, "know-dist": 2e-4, "delta": 0.24, "attention-transfer": 1.0}
 
 
