@@ -40,7 +40,10 @@ def in_rgb(image: Image.Image, *, over_white: bool = True) -> Image.Image:
     """
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in _WIDENED):
         values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        if over_white and "transparency" in image.info:  # of PNG: the value that is
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
         raise ValueError(f"expected 8 or 16 bits a channel, got {kind} of 32 bits, whose black and white are unknown")

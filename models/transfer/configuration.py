@@ -109,6 +109,7 @@ class FineTuneConfig:
             ("parameters", self.parameters is not None, self.method in ("l2", "l2-sp")),
             ("layers", self.layers is not None, features),
             ("head", self.head is not None, not custom),
+            ("head_decay", self.head_decay != type(self).head_decay, not custom),
         ):
             if given and not used:
                 raise ValueError(f"{name} means nothing for method {self.name!r}, got {getattr(self, name)!r}")

@@ -66,6 +66,8 @@ class Target:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # numbers of any library, as Python's own
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if len(self.classes) < 2:
             raise ValueError(f"classes must be at least two, got {len(self.classes)}: {some(self.classes)}")
         if len(self.train) != len(self.plain):
@@ -230,8 +232,8 @@ def load(
     ``train_per_class`` images of each class, drawn with ``seed``, are to train on and ``test_per_class`` of the others
     (by default all) to test on, as the paper has Caltech 256 with 30 or 60 and 20. The number is then part of the name.
 
-    All images are decoded once before this returns; later calls decode only files that are new or changed. Transparent
-    ones and those of 16 bits are as :func:`~moe_kernels.models.data.rgb.in_rgb` shows them.
+    All images are decoded once before this returns; later calls decode only files that are new or changed. They are
+    :func:`~moe_kernels.models.data.rgb.in_rgb`, transparent ones as ``ImageFolder`` shows them.
 
     Args:
         resize, crop: size of the whole image, and of what is cut out of it.

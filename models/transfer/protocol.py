@@ -158,7 +158,16 @@ def folds(
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"coefficients must be different, at least one, got {list(chosen)}")
     ours = identity(pair.data, config, {"source": pair.source, **pair.description})
-    _check_alike([*(result["run"] for result in finished(out)), {**ours, "coefficient": None}])
+    there = [result["run"] for result in finished(out)]
+    _check_alike([*there, {**ours, "coefficient": None}])
+    column = (pair.source, pair.data.name, config.name, config.dtnh)
+    alike = [run for run in there if (run["source"], run["data"], run["method"], run["dtnh"]) == column]
+    if other := sorted({run["coefficient"] for run in alike} - set(chosen)):
+        got = ", ".join(f"{value:g}" for value in chosen)
+        raise ValueError(
+            f"coefficients: expected {other[0]:g} among them, that of finished runs of "
+            f"{label(config.name, config.dtnh)} in {out}, got {got}; choose another folder, or delete those runs"
+        )
     place = _place(out, CROSS_VALIDATION, pair, config)
     return [
         Run(

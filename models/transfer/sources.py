@@ -12,6 +12,7 @@ What is drawn depends on a seed and an index, and no index is in two parts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -58,7 +59,7 @@ def source(name: str, count: int = 6400, seed: int = 0) -> Target:
     else:
         images, labels = textures(np.arange(count), seed)
     tested = max(len(classes), count // 10)
-    return _task(name, classes, (images[:-tested], labels[:-tested]), (images[-tested:], labels[-tested:]))
+    return _task(name, classes, (images[:-tested], labels[:-tested]), (images[-tested:], labels[-tested:]), seed=seed)
 
 
 def target(
@@ -88,7 +89,9 @@ def target(
         images, labels = weaves(np.arange(count), seed)
         train, test = slice(None, 10 * per_class), slice(10 * per_class, None)
         classes = tuple(f"{180 * a / _CROSSED:g}° × {180 * b / _CROSSED:g}°" for a, b in _WEAVES)
-        return _task(name, classes, (images[train], labels[train]), (images[test], labels[test]), size, mean, std)
+        return _task(
+            name, classes, (images[train], labels[train]), (images[test], labels[test]), size, mean, std, seed=seed
+        )
 
     ink, labels = digits.scanned()
     half = digits.partition(labels, len(_STYLES), seed)[_STYLES.index(name)]
@@ -101,7 +104,7 @@ def target(
         indices = np.sort(np.concatenate([some[chosen] for some in of_class]))
         images = normalize(digits.render(name, ink[indices], seed, indices))
         parts.append((images, torch.from_numpy(labels[indices])))
-    return _task(name, digits.CLASSES, parts[0], parts[1], size, mean, std)
+    return _task(name, digits.CLASSES, parts[0], parts[1], size, mean, std, seed=seed)
 
 
 def textures(indices: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -166,8 +169,10 @@ def _task(
     size: int = SIZE,
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
+    *,
+    seed: int,
 ) -> Target:
-    """A task of images that were normalized with MEAN and STD."""
+    """A task of images that were drawn with ``seed`` and normalized with MEAN and STD."""
     if size != SIZE:
         canvas = round(CANVAS * size / SIZE)
         train, test = (
@@ -179,4 +184,5 @@ def _task(
             torch.tensor(values)[:, None, None] for values in (MEAN, STD, mean, std)
         )
         train, test = (((images * own_std + own_mean - new_mean) / new_std, labels) for images, labels in (train, test))
-    return from_tensors(name, classes, train, test, crop=size, mean=mean, std=std)
+    task = from_tensors(name, classes, train, test, crop=size, mean=mean, std=std)
+    return replace(task, origin={"seed": seed, **task.origin})

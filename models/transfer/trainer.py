@@ -311,9 +311,8 @@ class _Training:
         """Append to the history, ``done`` steps being done."""
         loss, penalty, count = distributed.sum_(self.sums.clone()).tolist()
         if not math.isfinite(loss + penalty):
-            raise self._diverged(
-                f"the loss is not finite by step {done} (empirical loss {loss / count}, regularizer {penalty / count})"
-            )
+            omega = f", regularizer {penalty / count}" if self.features else ""
+            raise self._diverged(f"the loss is not finite by step {done} (empirical loss {loss / count}{omega})")
         distributed.broadcast_(self.model.buffers())
         facts = [total / times if times else None for total, times in self.facts.T.tolist()]
         right, test_loss = accuracy_and_loss(

@@ -33,6 +33,7 @@ class Tiny(nn.Module):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "places.pth"
+    torch.manual_seed(0)
     torch.save(Tiny(9).state_dict(), path)
     return path
 
@@ -149,6 +150,7 @@ def test_a_name_is_of_one_source(train, weights, tmp_path):
     assert train("--method", "l2")[0] == 0
     other = tmp_path / "other" / weights.name
     other.parent.mkdir()
+    torch.manual_seed(1)  # other weights than the fixture's, whichever test made those
     torch.save(Tiny(9).state_dict(), other)
     code, output = train("--method", "l2-sp", "--source", other)
     assert code == 1

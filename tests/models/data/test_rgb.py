@@ -47,6 +47,13 @@ def test_what_lies_under_it_is_shown_if_asked(tmp_path):
     assert found[0, 0].tolist() == [0, 100, 200]
 
 
+def test_a_grey_of_sixteen_bits_may_be_transparent(tmp_path):
+    Image.fromarray(np.array([[0, 500 * 65]], np.uint16)).save(tmp_path / "x.png", transparency=500 * 65)
+    assert Image.open(tmp_path / "x.png").mode == "I;16"
+    assert np.asarray(read_rgb(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(read_rgb(tmp_path / "x.png", over_white=False))[0, :, 0].tolist() == [0, 126]
+
+
 def test_half_transparent_is_mixed_with_white(tmp_path):
     image = Image.new("RGBA", (2, 2), (0, 100, 200, 128))
     found = np.asarray(read_rgb(saved(image, tmp_path / "x.png")))[0, 0]

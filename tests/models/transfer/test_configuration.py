@@ -121,7 +121,7 @@ def test_a_regularizer_object_has_its_own_options():
     assert (known["method"], known["coefficient"]) == ("l2-sp", 0.25)
     assert known["regularizer"]["parameters"] == "all"
     assert "regularizer" not in FineTuneConfig("l2-sp").identity()
-    for name, value in {"parameters": "all", "layers": ("a",), "head": ("fc",)}.items():
+    for name, value in {"parameters": "all", "layers": ("a",), "head": ("fc",), "head_decay": 0.5}.items():
         with pytest.raises(ValueError, match=f"{name} means nothing for method 'l2-sp'"):
             replace(config, **{name: value})
 

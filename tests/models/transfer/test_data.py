@@ -197,6 +197,7 @@ def test_what_identifies_a_task_of_tensors():
         return from_tensors("t", ("a", "b"), (train, labels), (test, labels), **options).identity
 
     assert identity() == identity(train=images.clone())
+    assert identity(mean=torch.full((3,), 0.5), std=np.full(3, 0.5, np.float32)) == identity()
     assert (identity()["shape"], identity(crop=4)["crop"]) == ([3, 6, 6], 4)
     changed = images.clone()
     changed[3, 2, 1, 0] += 1

@@ -84,10 +84,12 @@ def test_unlike_runs_are_refused_before_they_are_trained(pair, tmp_path):
             asked()
     with pytest.raises(ValueError, match=r"are not:\n  coefficient: 0.05 there, 0.5 here\n"):
         repeats(pair, replace(seed1, coefficient=0.5), tmp_path, 1)
+    with pytest.raises(ValueError, match=r"coefficients: expected 0.05 among them, .*of L2-SP in .*, got 0.5, 1;"):
+        folds(pair, CONFIG, tmp_path, [0.5, 1.0], 3)
     # what does not matter: how often one looks, the coefficient of another column, another target
     assert repeats(pair, replace(seed1, eval_every=1, measure=True), tmp_path, 1)
     assert repeats(pair, replace(seed1, dtnh=True, coefficient=0.5, head_decay=0.0), tmp_path, 1)
-    assert folds(pair, CONFIG, tmp_path, [0.5], 3)
+    assert folds(pair, CONFIG, tmp_path, [0.05, 0.5], 3)
     assert repeats(replace(pair, data=toy_target(15, "more")), plain, tmp_path, 1)
 
 

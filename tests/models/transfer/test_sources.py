@@ -173,6 +173,7 @@ def test_images_are_normalized_as_is_asked(name):
     own, other = sources.target(name, 1, 1), sources.target(name, 1, 1, mean=mean, std=std)
     assert (other.mean, other.std, own.mean, own.std) == (mean, std, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert own.identity != other.identity
+    assert (own.identity["seed"], sources.target(name, 1, 1, seed=3).identity["seed"]) == (0, 3)
     for ours, theirs in ((own.plain.images, other.plain.images), (own.test.images, other.test.images)):
         pixels = theirs * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         torch.testing.assert_close(pixels, ours / 2 + 0.5)

@@ -377,10 +377,11 @@ def test_delta_weighs_its_channels_with_a_trained_head_and_starts_from_the_new_o
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, asked, advice):
-    with pytest.raises(Diverged, match=f"the loss is not finite by step 4 .*; {advice}") as first:
+    with pytest.raises(Diverged, match=rf"the loss is not finite by step 4 \(.*\); {advice}") as first:
         finetune(pretrained, toy_target(), asked, tmp_path, checkpoint_share=1e9)
     found = files.read_json(tmp_path / RESULT)
     assert (found["final"], found["history"], found["diverged"]) == (None, [], str(first.value))
+    assert ("regularizer" in str(first.value)) == (asked.name == "know-dist")
     assert not (tmp_path / CHECKPOINT).exists()
 
     def build() -> nn.Module:
