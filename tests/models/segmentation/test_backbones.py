@@ -365,7 +365,7 @@ def test_weights_of_the_hub_are_asked_of_the_library(monkeypatch, vgg):
         asked.append((name, source))
         if name != "torchvision/vgg16":
             raise RuntimeError("no network")
-        return pretrained.Backbone(name, vgg, 224, (0.0,) * 3, (1.0,) * 3)
+        return pretrained.Backbone(name, vgg, 224, (0.0,) * 3, (1.0,) * 3, ("classifier.6.weight", "classifier.6.bias"))
 
     monkeypatch.setattr(pretrained, "load", load)
     assert backbones.create(image_size=(224, 224)).image_channels == FC
