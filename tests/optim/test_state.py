@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from moe_kernels.optim import AnchoredAdamW, AnchoredSGD
 
@@ -224,3 +225,14 @@ def test_a_state_of_amsgrad_is_refused():
     amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True)
     with pytest.raises(ValueError, match="state_dict: expected one without amsgrad"):
         made(OPTIMIZERS["adamw"], model).load_state_dict(amsgrad.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_a_distributed_checkpoint_of_no_anchors(momentum):
+    model = network()
+    weights = copy.deepcopy(model.state_dict())
+    optimizer = AnchoredSGD(model.parameters(), lr=0.1, momentum=momentum, coefficient=0.3)
+    found = get_optimizer_state_dict(model, optimizer)
+    assert found["param_groups"][0]["lr"] == 0.1
+    assert {tuple(state) for state in found["state"].values()} == {("momentum_buffer",) if momentum else ()}
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
