@@ -16,6 +16,10 @@ from .features import Features
 from .regularizer import Regularizer
 
 
+class NotFinite(ValueError):
+    """A loss by which nothing can be weighed."""
+
+
 class _Compared(NamedTuple):
     student: Features
     teacher: nn.Module
@@ -198,7 +202,7 @@ class DELTA(FeatureRegularizer):
             progress: called with the forwards done and all there are.
 
         Raises:
-            ValueError: no batches, or a loss that is not finite.
+            ValueError: no batches; :class:`NotFinite`: a loss that is not finite.
         """
         self._bound()
         model, batches = unwrap(model), list(batches)
@@ -212,7 +216,7 @@ class DELTA(FeatureRegularizer):
             for module, training in modes.items():
                 module.training = training
         if not all(values.isfinite().all() for values in growth.values()):
-            raise ValueError("loss: it is not finite on these batches, so that no channel can be weighed")
+            raise NotFinite("loss: it is not finite on these batches, so that no channel can be weighed")
         self._weights = {name: _attention(values) for name, values in growth.items()}
 
     def state_dict(self) -> dict[str, Any]:

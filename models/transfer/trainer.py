@@ -46,7 +46,7 @@ from ..data.splits import seed_hash
 from ..evaluation import accuracy_and_loss, autocast, logits_of
 from .configuration import FineTuneConfig
 from .data import Target
-from .regularizers import DELTA
+from .feature_space import DELTA, NotFinite
 
 FINAL = "final.pt"
 
@@ -381,7 +381,10 @@ class _Training:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            delta.estimate(model, self.batches(steps, steps + config.estimate_batches, seed), self._loss, show)
+            try:
+                delta.estimate(model, self.batches(steps, steps + config.estimate_batches, seed), self._loss, show)
+            except NotFinite as error:
+                raise self._diverged(f"with the head that delta trains alone, {error}") from error
 
 
 def _bar(total: int, what: str, items: Iterable[Any] | None = None) -> Any:

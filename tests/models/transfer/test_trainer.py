@@ -366,6 +366,15 @@ def test_delta_weighs_its_channels_with_a_trained_head_and_starts_from_the_new_o
     training.close()
 
 
+def test_a_head_that_delta_trains_alone_may_diverge_too(tmp_path):
+    asked = config("delta", learning_rate=1e38)
+    with pytest.raises(
+        Diverged, match=r"with the head that delta trains alone, loss: it is not finite .*; a learning rate below 1e"
+    ):
+        finetune(pretrained, toy_target(), asked, tmp_path)
+    assert files.read_json(tmp_path / RESULT)["final"] is None
+
+
 @pytest.mark.parametrize(
     ("asked", "advice"),
     [
