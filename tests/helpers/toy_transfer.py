@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,25 @@ from moe_kernels.models.transfer.data import Target, from_tensors
 from moe_kernels.models.transfer.trainer import finetune
 
 CLASSES = ("circle", "cross", "square")
+CONFIG = FineTuneConfig(steps=10, batch=8, eval_every=4, head_epochs=1, estimate_batches=1)
+# in the range where they are felt, on networks as small as these
+FELT = {"l2": 0.01, "l2-sp": 0.1, "know-dist": 0.1, "delta": 0.5, "attention-transfer": 0.5}
+
+
+def config(method: str, dtnh: bool = False, **changes: Any) -> FineTuneConfig:
+    return replace(CONFIG, method=method, dtnh=dtnh, coefficient=FELT.get(method), **changes)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(last: int):
+    def on_step(step: int) -> None:
+        if step == last:
+            raise Interrupted
+
+    return on_step
 
 
 def toy_target(length: int = 30, name: str = "toy") -> Target:

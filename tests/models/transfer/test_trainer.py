@@ -1,50 +1,36 @@
 import math
 import socket
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from toy_transfer import CLASSES, ToyNet, batch_norm_net, pretrained, toy_target, tune_and_die, tune_as_rank
+from toy_transfer import (
+    CLASSES,
+    CONFIG,
+    FELT,
+    Interrupted,
+    ToyNet,
+    batch_norm_net,
+    config,
+    interrupt_after,
+    pretrained,
+    toy_target,
+    tune_and_die,
+    tune_as_rank,
+)
 
 from moe_kernels.models import distributed, files
 from moe_kernels.models.evaluation import accuracy_and_loss
 from moe_kernels.models.runs import CHECKPOINT, RESULT
 from moe_kernels.models.transfer import from_tensors, trainer
-from moe_kernels.models.transfer.configuration import METHODS, FineTuneConfig
-from moe_kernels.models.transfer.regularizers import L2SP, FeatureRegularizer, KnowledgeDistillation, Regularizer
+from moe_kernels.models.transfer.configuration import METHODS
+from moe_kernels.models.transfer.regularizers import KnowledgeDistillation
 from moe_kernels.models.transfer.trainer import FINAL, Diverged, StepBatches, finetune
 
-CONFIG = FineTuneConfig(steps=10, batch=8, eval_every=4, head_epochs=1, estimate_batches=1)
-# in the range where they are felt, on networks as small as these
-FELT = {"l2": 0.01, "l2-sp": 0.1, "know-dist": 0.1, "delta": 0.5, "attention-transfer": 0.5}
+pytestmark = pytest.mark.usefixtures("one_thread")
 COLUMNS = [("fine-tuning", False), *((method, dtnh) for method in METHODS[1:] for dtnh in (False, True))]
-
-
-def config(method: str, dtnh: bool = False, **changes: Any) -> FineTuneConfig:
-    return replace(CONFIG, method=method, dtnh=dtnh, coefficient=FELT.get(method), **changes)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(last: int):
-    def on_step(step: int) -> None:
-        if step == last:
-            raise Interrupted
-
-    return on_step
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("method", "dtnh"), COLUMNS)
@@ -399,159 +385,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, asked, advic
     with pytest.raises(Diverged) as second:
         finetune(build, toy_target(), asked, tmp_path)
     assert str(second.value) == str(first.value)
-
-
-@pytest.mark.parametrize("dtnh", [False, True])
-def test_a_regularizer_object_is_a_method(tmp_path, dtnh):
-    named = finetune(batch_norm_net, toy_target(), config("l2-sp", dtnh), tmp_path / "named")
-    asked = replace(CONFIG, method=L2SP(FELT["l2-sp"]), dtnh=dtnh)
-    given = finetune(batch_norm_net, toy_target(), asked, tmp_path / "given")
-    assert given["history"] == named["history"]
-    assert (given["run"]["method"], given["run"]["coefficient"]) == ("l2-sp", FELT["l2-sp"])
-    assert given["run"]["regularizer"] == {
-        "class": "moe_kernels.models.transfer.weight_space.L2SP",
-        **asked.method.identity(),
-    }
-    assert finetune(batch_norm_net, toy_target(), asked, tmp_path / "given") == given
-    other = replace(asked, method=L2SP(FELT["l2-sp"], parameters="all"))
-    with pytest.raises(ValueError, match=r"regularizer\.parameters: 'kernels' there, 'all' here"):
-        finetune(batch_norm_net, toy_target(), other, tmp_path / "given")
-
-
-class Norms(FeatureRegularizer):
-    """One of a user's own, on features."""
-
-    name = "norms"
-
-    def distance(self, name, student, teacher, channels):
-        return (student.flatten(1).norm(dim=1) - teacher.flatten(1).norm(dim=1)).square().mean()
-
-
-class Pull(Regularizer):
-    """One of a user's own that gives Ω itself, of the weights of one layer."""
-
-    name = "pull"
-    uses_features = True
-
-    def prepare(self, model, source):
-        self.weight, self.start = model.conv1.weight, source.conv1.weight.detach().clone()
-
-    def penalty(self):
-        return (self.weight - self.start).square().sum()
-
-
-@pytest.mark.parametrize("kind", [Norms, Pull])
-def test_a_regularizer_of_ones_own_trains_with_and_without_dtnh(tmp_path, kind):
-    # an interrupted run with an object goes on as any
-    for dtnh in (False, True):
-        asked = replace(CONFIG, method=kind(0.5), dtnh=dtnh)
-        with pytest.raises(Interrupted):
-            finetune(
-                pretrained, toy_target(), asked, tmp_path / f"{dtnh}", checkpoint_share=1e9, on_step=interrupt_after(3)
-            )
-        found = finetune(pretrained, toy_target(), asked, tmp_path / f"{dtnh}")
-        assert found == finetune(pretrained, toy_target(), asked, tmp_path / f"{dtnh} whole")
-        assert (found["run"]["method"], found["run"]["coefficient"]) == (kind.name, 0.5)
-        assert found["final"]["regularizer"] > 0
-        assert (found["final"]["angle_to_loss"] is not None) == dtnh
-        without = finetune(pretrained, toy_target(), replace(asked, coefficient=0.0), tmp_path / f"{dtnh} without")
-        assert without["final"]["regularizer"] > found["final"]["regularizer"]
-
-
-class Output(dict):
-    """What transformers' models give."""
-
-    @property
-    def logits(self) -> torch.Tensor:
-        return self["logits"]
-
-
-@pytest.mark.parametrize("method", ["fine-tuning", "delta"])
-def test_logits_may_be_in_an_output_or_first_of_a_tuple(tmp_path, method):
-    wrappers = {"tensor": lambda logits: logits, "tuple": lambda logits: (logits, None)}
-    wrappers["output"] = lambda logits: Output(logits=logits)
-    histories = []
-    for name, wrap in wrappers.items():
-
-        def build(wrap=wrap) -> nn.Module:
-            net = pretrained()
-            net.__class__ = type("Wrapped", (ToyNet,), {"forward": lambda self, x: wrap(ToyNet.forward(self, x))})
-            return net
-
-        histories.append(finetune(build, toy_target(), config(method), tmp_path / name)["history"])
-    assert histories[0] == histories[1] == histories[2]
-
-
-def with_head(outputs: int) -> nn.Module:
-    net = pretrained()
-    net.fc = nn.Linear(24, outputs)
-    return net
-
-
-def frozen(*trained: str) -> nn.Module:
-    net = pretrained().requires_grad_(False)
-    for name in trained:
-        net.get_submodule(name).requires_grad_(True)
-    return net
-
-
-def broken() -> nn.Module:
-    net = pretrained()
-    with torch.no_grad():
-        net.layer1[0].conv1.weight[0, 0, 0, 0] = math.nan
-    return net
-
-
-def broken_statistics() -> nn.Module:
-    net = batch_norm_net()
-    net.layer1[0].norm.running_mean[0] = math.nan
-    return net
-
-
-class Scores(ToyNet):
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"scores": super().forward(images)}
-
-
-@pytest.mark.parametrize(
-    ("build", "changes", "error", "message"),
-    [
-        (lambda: with_head(5), {}, ValueError, r"build: expected a model that gives logits \(8, 3\), got \(8, 5\)"),
-        (lambda: with_head(2), {}, ValueError, r"build: expected a model that gives logits \(8, 3\), got \(8, 2\)"),
-        (lambda: with_head(5), {"method": "delta"}, ValueError, r"gives logits \(8, 3\), got \(8, 5\)"),
-        (Scores, {}, TypeError, r"must give logits, \(B, classes\), or an output with .logits, got dict"),
-        (frozen, {}, ValueError, "build: expected a model to train, all parameters of ToyNet are frozen"),
-        (broken, {}, ValueError, r"build: the model's weights are not finite in layer1\.0\.conv1\.weight"),
-        (broken_statistics, {}, ValueError, r"weights are not finite in layer1\.0\.norm\.running_mean"),
-        (pretrained, {"method": "delta", "head": ()}, ValueError, "head: delta weighs its channels with a new head"),
-        (
-            lambda: frozen("fc"),
-            {"method": "know-dist", "dtnh": True},
-            ValueError,
-            "model: ToyNet has no trainable parameters outside the head",
-        ),
-        (
-            lambda: frozen("fc", "layer2"),
-            {"method": "know-dist", "dtnh": True, "layers": ("layer1",)},
-            ValueError,
-            "method 'know-dist': no parameter that is trained changes its penalty",
-        ),
-    ],
-)
-def test_a_model_that_does_not_fit_is_refused(tmp_path, build, changes, error, message):
-    with pytest.raises(error, match=message):
-        finetune(build, toy_target(), replace(CONFIG, **changes), tmp_path)
-    assert not (tmp_path / RESULT).exists()
-
-
-def test_a_batch_that_the_model_refuses_is_told(tmp_path):
-    def build() -> nn.Module:
-        net = pretrained()
-        net.dropout = nn.BatchNorm1d(24)
-        return net
-
-    with pytest.raises(ValueError, match=r"the model refuses a batch of shape \(1, 3, 8, 8\): Expected more than 1"):
-        finetune(build, toy_target(), replace(CONFIG, batch=1), tmp_path)
 
 
 def test_the_caller_keeps_its_random_numbers(tmp_path):
